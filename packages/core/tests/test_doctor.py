@@ -15,9 +15,7 @@ import dpfa_core
 from dpfa_core.doctor import examine, main
 
 
-def test_0_when_everything_found_works(
-    plugins: Any, backend_source: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_0_when_everything_found_works(plugins: Any, backend_source: Any, capsys: pytest.CaptureFixture[str]) -> None:
     modules = {"d_ok": backend_source("torch")}
     plugins.add("dpfa-kernels-torch", "backends", {"torch": "d_ok:Backend"}, modules, "0.1.0")
     assert main(["doctor"]) == 0

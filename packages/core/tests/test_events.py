@@ -71,9 +71,7 @@ def test_json_names_the_class_and_the_fields() -> None:
 
 
 def test_positional_order_is_the_contract() -> None:
-    order = {
-        kind.__name__: [field.name for field in fields(kind)] for kind in map(type, ALL) if is_dataclass(kind)
-    }
+    order = {kind.__name__: [field.name for field in fields(kind)] for kind in map(type, ALL) if is_dataclass(kind)}
     assert order == {
         "Gaussian": ["noise_multiplier"],
         "Laplace": ["noise_multiplier"],
@@ -94,9 +92,7 @@ def test_positional_order_is_the_contract() -> None:
 @pytest.mark.parametrize("kind", [Gaussian, Laplace, DiscreteGaussian])
 @pytest.mark.parametrize("multiplier", [0, -1.0, math.inf, math.nan, "1", None, True])
 def test_noise_multiplier_is_finite_and_positive(kind: Any, multiplier: Any) -> None:
-    with pytest.raises(
-        PrivacyParameterError, match=r"noise_multiplier must be a finite number > 0, got .* NonPrivate"
-    ):
+    with pytest.raises(PrivacyParameterError, match=r"noise_multiplier must be a finite number > 0, got .* NonPrivate"):
         kind(multiplier)
 
 

@@ -75,16 +75,10 @@ def test_lines_and_terms_can_only_be_appended(path: Path, ledger: Ledger, statem
     assert lines(ledger) == [(Gaussian(1.0), 5)]
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"unit": "user"}, {"relation": "replace"}, {"delta": 1e-6}, {"budget": 3.0}]
-)
-def test_other_terms_than_the_files_own_are_refused(
-    path: Path, ledger: Ledger, wrong: dict[str, Any]
-) -> None:
+@pytest.mark.parametrize("wrong", [{"unit": "user"}, {"relation": "replace"}, {"delta": 1e-6}, {"budget": 3.0}])
+def test_other_terms_than_the_files_own_are_refused(path: Path, ledger: Ledger, wrong: dict[str, Any]) -> None:
     (name, value), *_ = wrong.items()
-    with pytest.raises(
-        LedgerError, match=f"was created with {name}=.*, got {value!r}; open it with its own terms"
-    ):
+    with pytest.raises(LedgerError, match=f"was created with {name}=.*, got {value!r}; open it with its own terms"):
         Ledger.open(path, **TERMS | wrong)
 
 
@@ -116,9 +110,7 @@ def test_a_file_that_cannot_be_a_ledger_is_refused(tmp_path: Path) -> None:
         tmp_path,
         tmp_path / "file",
     ):
-        with pytest.raises(
-            LedgerError, match=r"must be a writable sqlite file, got .*; check the path and its rights"
-        ):
+        with pytest.raises(LedgerError, match=r"must be a writable sqlite file, got .*; check the path and its rights"):
             Ledger.open(bad, **TERMS)
     for bad in (tmp_path / "missing", tmp_path):
         with pytest.raises(LedgerError, match="no such file"):
@@ -168,9 +160,7 @@ def test_a_ledger_of_another_schema_is_refused(path: Path, ledger: Ledger) -> No
 
 def test_an_event_sampled_under_another_relation_is_refused(ledger: Ledger) -> None:
     event = SelfComposed(PoissonSampled(0.1, Gaussian(1.0), "replace"), 3)
-    with pytest.raises(
-        LedgerError, match="kept for relation='add_or_remove', got an event sampled under 'replace'"
-    ):
+    with pytest.raises(LedgerError, match="kept for relation='add_or_remove', got an event sampled under 'replace'"):
         ledger.record(event, **LINE)
     assert lines(ledger) == []
 
@@ -201,9 +191,7 @@ def test_rule_8_mechanism_backend_and_versions_are_written(plugins: Any) -> None
 def test_a_release_over_the_budget_is_refused_and_not_written(path: Path) -> None:
     with Ledger.open(path, **TERMS, budget=3.0) as ledger:
         ledger.record(Gaussian(1.0), **LINE, count=2)
-        with pytest.raises(
-            BudgetExhausted, match=r"the budget is epsilon=3\.0 at delta=1e-05; 2 more of Gaussian"
-        ):
+        with pytest.raises(BudgetExhausted, match=r"the budget is epsilon=3\.0 at delta=1e-05; 2 more of Gaussian"):
             ledger.record(Gaussian(1.0), **LINE, count=2)
         assert lines(ledger) == [(Gaussian(1.0), 2)]
         assert ledger.spent() == 2.0

@@ -211,9 +211,7 @@ def test_a_ledger_deleted_meanwhile_is_not_begun_anew(path: Path) -> None:
 
 
 @needs_fork
-def test_a_relative_path_is_fixed_when_the_ledger_is_opened(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_relative_path_is_fixed_when_the_ledger_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     ledger = Ledger.open("spent.ledger", **TERMS)
     (tmp_path / "elsewhere").mkdir()

@@ -14,18 +14,10 @@ from dpfa_core.registry import Registry
 Get = Callable[[str], Registry]
 
 
-def test_rule_1_first_party_plugins_use_the_same_door(
-    plugins: Any, registry: Get, mechanism_source: Any
-) -> None:
-    plugins.add(
-        "dpfa-mechanisms", "mechanisms", {"ours": "m_ours:Mechanism"}, {"m_ours": mechanism_source("ours")}
-    )
-    plugins.add(
-        "acme-noise", "mechanisms", {"theirs": "m_theirs:Mechanism"}, {"m_theirs": mechanism_source("theirs")}
-    )
-    listed = [
-        (e.name, e.distribution, e.version, e.target, e.first_party) for e in registry("mechanisms").entries()
-    ]
+def test_rule_1_first_party_plugins_use_the_same_door(plugins: Any, registry: Get, mechanism_source: Any) -> None:
+    plugins.add("dpfa-mechanisms", "mechanisms", {"ours": "m_ours:Mechanism"}, {"m_ours": mechanism_source("ours")})
+    plugins.add("acme-noise", "mechanisms", {"theirs": "m_theirs:Mechanism"}, {"m_theirs": mechanism_source("theirs")})
+    listed = [(e.name, e.distribution, e.version, e.target, e.first_party) for e in registry("mechanisms").entries()]
     assert listed == [
         ("ours", "dpfa-mechanisms", "1.0", "m_ours:Mechanism", True),
         ("theirs", "acme-noise", "1.0", "m_theirs:Mechanism", False),
@@ -68,9 +60,7 @@ def test_rule_2_listing_imports_nothing_and_loading_imports_one(
 def test_rule_3_a_broken_plugin_asked_for_by_name_raises_with_its_cause(
     plugins: Any, registry: Get, mechanism_source: Any, source: str, cause: str
 ) -> None:
-    plugins.add(
-        "acme-broken", "mechanisms", {"broken": "m_broken:Thing"}, {"m_broken": source}, version="2.3"
-    )
+    plugins.add("acme-broken", "mechanisms", {"broken": "m_broken:Thing"}, {"m_broken": source}, version="2.3")
     plugins.add("fine", "mechanisms", {"fine": "m_fine:Mechanism"}, {"m_fine": mechanism_source("fine")})
     with pytest.raises(PluginError) as caught:
         registry("mechanisms").load("broken")
@@ -134,20 +124,14 @@ def test_rule_7_a_wrong_contract_version_is_a_load_error(
     source = mechanism_source("old").replace("= 1, 'old'", f"= {version}, 'old'")
     assert f"= {version}, 'old'" in source
     plugins.add("acme-old", "mechanisms", {"old": "m_old:Mechanism"}, {"m_old": source})
-    message = (
-        rf"'old' of acme-old 1\.0 \(m_old:Mechanism\) must state contract_version = 1, got {version}; install"
-    )
+    message = rf"'old' of acme-old 1\.0 \(m_old:Mechanism\) must state contract_version = 1, got {version}; install"
     for use in (registry("mechanisms").load, registry("mechanisms").create):
         with pytest.raises(PluginError, match=message):
             use("old")
 
 
 def test_rule_7_holds_for_what_a_factory_makes(plugins: Any, registry: Get, mechanism_source: Any) -> None:
-    source = (
-        mechanism_source("made")
-        .replace("contract_version, name,", "name,")
-        .replace("= 1, 'made'", "= 'made'")
-    )
+    source = mechanism_source("made").replace("contract_version, name,", "name,").replace("= 1, 'made'", "= 'made'")
     plugins.add("acme", "mechanisms", {"made": "m_made:Mechanism"}, {"m_made": source})
     with pytest.raises(PluginError, match="must state contract_version = 1, got None"):
         registry("mechanisms").create("made")
@@ -196,12 +180,8 @@ def test_the_slow_path_needs_add_noise_only(plugins: Any, registry: Get) -> None
     assert registry("mechanisms").create("slow").add_noise(1, 1.0, 1.0) == 1
 
 
-def test_a_plugin_carries_the_name_of_its_entry_point(
-    plugins: Any, registry: Get, mechanism_source: Any
-) -> None:
-    plugins.add(
-        "acme", "mechanisms", {"gaussian": "m_other:Mechanism"}, {"m_other": mechanism_source("laplace")}
-    )
+def test_a_plugin_carries_the_name_of_its_entry_point(plugins: Any, registry: Get, mechanism_source: Any) -> None:
+    plugins.add("acme", "mechanisms", {"gaussian": "m_other:Mechanism"}, {"m_other": mechanism_source("laplace")})
     with pytest.raises(PluginError, match="must be named as its entry point, got 'laplace'"):
         registry("mechanisms").create("gaussian")
 
@@ -224,9 +204,7 @@ def test_a_distribution_with_damaged_metadata_hides_nobody_else(
     nameless.mkdir()
     (nameless / "entry_points.txt").write_text("[dp_flash_attention.mechanisms]\nnameless = x:y\n")
     plugins.read()
-    listed = {
-        (entry.name, entry.distribution, entry.first_party) for entry in registry("mechanisms").entries()
-    }
+    listed = {(entry.name, entry.distribution, entry.first_party) for entry in registry("mechanisms").entries()}
     assert ("fine", "fine", False) in listed
     assert listed - {("fine", "fine", False)} <= {
         ("nameless", "unknown", False),

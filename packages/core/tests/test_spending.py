@@ -52,9 +52,7 @@ def test_the_number_of_record_is_the_least_first_party_bound(plugins: Any) -> No
 def test_an_answer_that_is_no_bound_is_not_used(plugins: Any, value: str) -> None:
     add(plugins, "rdp", value, ("Gaussian",), "dpfa-accounting")
     assert not within([(Gaussian(1.0), 1)], 1e-5, math.inf)
-    with pytest.raises(
-        UnsupportedEvent, match=r"no installed accountant has a bound.*must answer with a number >= 0"
-    ):
+    with pytest.raises(UnsupportedEvent, match=r"no installed accountant has a bound.*must answer with a number >= 0"):
         spending([(Gaussian(1.0), 1)], 1e-5)
 
 

@@ -68,3 +68,8 @@ def test_a_packed_mask_has_no_range() -> None:
     problem = AttentionProblem(batch=1, q_len=2, kv_len=2, q_heads=1, kv_heads=1, head_dim=1, mask=b"\x0f")
     with pytest.raises(PrivacyParameterError, match="a packed mask has no visible range"):
         visible_range(problem, 0)
+
+
+def test_padding_rows_see_nothing() -> None:
+    problem = AttentionProblem(batch=1, q_len=4, kv_len=4, q_heads=1, kv_heads=1, head_dim=1, lengths=((2, 3),))
+    assert [visible_range(problem, row) for row in range(4)] == [(0, 3), (0, 3), (0, 0), (0, 0)]

@@ -106,9 +106,7 @@ def _registry(kind: str, registry: Registry) -> list[Finding]:
 
 
 def _selection() -> list[Finding]:
-    problem = AttentionProblem(
-        batch=1, q_len=16, kv_len=16, q_heads=2, kv_heads=2, head_dim=16, clip_norm=1.0
-    )
+    problem = AttentionProblem(batch=1, q_len=16, kv_len=16, q_heads=2, kv_heads=2, head_dim=16, clip_norm=1.0)
     plan: Any = NoisePlan(mechanism="gaussian", distribution="gaussian", head_scale=(1.0,), transform="bm64")
     if not BACKENDS.entries():
         return [Finding("selection", True, "no backend installed: pip install dpfa-kernels-torch")]

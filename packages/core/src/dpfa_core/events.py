@@ -50,9 +50,7 @@ class Event(Record):
                 f"expected the JSON of an event ({', '.join(sorted(Event._classes))}), got {name!r}; "
                 "install the package that defines it."
             )
-        fields = {
-            "event" if key == INNER else key: _restore(value) for key, value in data.items() if key != "event"
-        }
+        fields = {"event" if key == INNER else key: _restore(value) for key, value in data.items() if key != "event"}
         try:
             return kind(**fields)
         except TypeError as error:

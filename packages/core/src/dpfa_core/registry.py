@@ -120,9 +120,7 @@ class Registry:
         slow_path = self.group == MECHANISM_GROUP and hasattr(plugin, "add_noise")
         if not slow_path:
             self._check_version(entry, plugin)
-            missing = [
-                member for member in required_members(self.group, plugin) if not hasattr(plugin, member)
-            ]
+            missing = [member for member in required_members(self.group, plugin) if not hasattr(plugin, member)]
             if missing:
                 raise PluginError(
                     f"{self._kind} {name!r} of {entry.origin} must offer {', '.join(missing)} "
@@ -157,9 +155,7 @@ class Registry:
             )
             self._points[point.name] = point
         return tuple(
-            entry if len(same) == 1 else _disabled(entry, same)
-            for _, same in sorted(by_name.items())
-            for entry in same
+            entry if len(same) == 1 else _disabled(entry, same) for _, same in sorted(by_name.items()) for entry in same
         )
 
 

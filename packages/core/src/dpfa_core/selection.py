@@ -58,8 +58,7 @@ def select(
         trace = ((backend, reasons),)
         if reasons:
             raise BackendUnavailable(
-                f"backend {backend!r} cannot run {op!r} here: {' '.join(reasons)} "
-                'Choose another one or backend="auto".'
+                f'backend {backend!r} cannot run {op!r} here: {" ".join(reasons)} Choose another one or backend="auto".'
             )
         return Selection(backend, trace)
 
@@ -109,6 +108,4 @@ def _reasons(name: str, op: str, problem: AttentionProblem | None, plan: NoisePl
 
 
 def _lines(trace: tuple[tuple[str, Reasons], ...]) -> str:
-    return "\n".join(
-        f"  {name}: {'; '.join(reasons) if reasons else 'can run it'}" for name, reasons in trace
-    )
+    return "\n".join(f"  {name}: {'; '.join(reasons) if reasons else 'can run it'}" for name, reasons in trace)

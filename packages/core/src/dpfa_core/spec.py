@@ -166,9 +166,7 @@ class NoisePlan(Record):
     transform: Literal["bm32", "bm64"] = "bm32"
 
     def __post_init__(self) -> None:
-        one_of(
-            "distribution", self.distribution, ("none", "gaussian", "laplace", "discrete_gaussian", "custom")
-        )
+        one_of("distribution", self.distribution, ("none", "gaussian", "laplace", "discrete_gaussian", "custom"))
         for name in ("head_scale", "row_scale"):
             values = getattr(self, name)
             a_tuple(name, values)

@@ -52,9 +52,7 @@ def spending(events: Iterable[tuple[Event, int]], delta: float) -> Spending:
         return Spending(0.0, delta, (), ())
     names = first_party_accountants()
     if not names:
-        raise PluginError(
-            "pricing events needs an accountant, got none installed; pip install dpfa-accounting."
-        )
+        raise PluginError("pricing events needs an accountant, got none installed; pip install dpfa-accounting.")
     values, reasons = [], []
     for name in names:
         try:
@@ -82,9 +80,7 @@ def within(events: Iterable[tuple[Event, int]], delta: float, budget: float) -> 
 def _accountants() -> tuple[str, ...]:
     names = first_party_accountants()
     if not names:
-        raise PluginError(
-            "pricing events needs an accountant, got none installed; pip install dpfa-accounting."
-        )
+        raise PluginError("pricing events needs an accountant, got none installed; pip install dpfa-accounting.")
     return names
 
 
@@ -92,7 +88,5 @@ def upper_bound(accountant: str, events: tuple[tuple[Event, int], ...], delta: f
     """Epsilon at `delta` by one accountant, which must answer with a number."""
     value = float(priced(accountant, events).epsilon(delta))
     if math.isnan(value) or value < 0:
-        raise PluginError(
-            f"accountant {accountant!r} must answer with a number >= 0, got {value}; it is not used."
-        )
+        raise PluginError(f"accountant {accountant!r} must answer with a number >= 0, got {value}; it is not used.")
     return value

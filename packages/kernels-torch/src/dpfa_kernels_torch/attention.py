@@ -1,0 +1,122 @@
+"""Attention from its definition, over blocks of rows that bound the memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from dpfa_core.spec import AttentionProblem, Norm
+from dpfa_kernels_torch.clipping import clip_rows, zero_unless_finite
+from dpfa_kernels_torch.visibility import key_ranges
+
+LOGITS = 1 << 19
+"""Logits held at a time."""
+
+MAX_LOGIT_BOUND = 350.0
+"""exp(-2 * bound) must stay a normal float64."""
+
+FLOAT32_LOGIT_BOUND = 40.0
+"""exp(-2 * bound) stays a normal float32 up to here."""
+
+
+def cleaned_inputs(
+    q: Tensor, k: Tensor, v: Tensor, problem: AttentionProblem, norm: Norm, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Inputs in the working dtype: non-finite rows are zeros, values clipped where the problem says so."""
+    q, k, v = (zero_unless_finite(x.to(dtype)) for x in (q, k, v))
+    if problem.clip == "value" and problem.clip_norm is not None:
+        v = clip_rows(v, problem.clip_norm, norm)
+    return q, k, v
+
+
+def softmax_weights(logits: Tensor, visible: Tensor, logit_bound: float | None) -> Tensor:
+    """exp(logits - shift) of the visible keys, 0 of the others, not yet divided by their sum.
+
+    With a logit bound the shift is the bound, a public constant, and not the row's maximum: then the rounding
+    of one key's weight does not depend on the other keys (PRIVACY P2).
+    """
+    logits = torch.where(torch.isfinite(logits), logits, 0.0)
+    if logit_bound is None:
+        highest = logits.detach().masked_fill(~visible, -torch.inf).amax(-1, keepdim=True)
+        logits = logits - torch.where(torch.isfinite(highest), highest, 0.0)
+    else:
+        if logit_bound > FLOAT32_LOGIT_BOUND:
+            logits = logits.double()
+        logits = logit_bound * torch.tanh(logits / logit_bound) - logit_bound
+    # Hidden keys leave before the exponential, so that none can overflow and spoil the gradient.
+    return torch.exp(torch.where(visible, logits, 0.0)) * visible
+
+
+def attention_rows(
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor, logit_bound: float | None, softmax_scale: float
+) -> Tensor:
+    """softmax(softmax_scale * q k^T) v over the visible keys.
+
+    Args:
+        q: [B, N, H, D]; k, v: [B, M, Hk, D], finite; query head h uses key head h // (H / Hk).
+        visible: bool [B or 1, N, M].
+    Returns: [B, N, H, D]; zeros for a row that sees no key.
+    """
+    B, N, H, D = q.shape
+    grouped = q.reshape(B, N, k.shape[2], -1, D)
+    logits = torch.einsum("bnkgd,bmkd->bkgnm", grouped, k) * softmax_scale
+    weights = softmax_weights(logits, visible[:, None, None], logit_bound)
+    total = weights.sum(-1, keepdim=True)
+    weights = (weights / torch.where(total > 0, total, 1.0)).to(v.dtype)
+    return torch.einsum("bkgnm,bmkd->bnkgd", weights, v).reshape(B, N, H, D)
+
+
+def blocks(problem: AttentionProblem) -> Iterator[tuple[slice, slice, slice, Tensor]]:
+    """(batch rows, query rows, keys, visible): blocks that cover every row that sees a key."""
+    start, stop = key_ranges(problem)
+    rows = max(1, LOGITS // (problem.q_heads * problem.kv_len))
+    batches = max(1, rows // problem.q_len)
+    for batch in range(0, problem.batch, batches):
+        some = slice(batch, batch + batches)
+        for row in range(0, problem.q_len, rows):
+            part = slice(row, row + rows)
+            first, last = (x[some if problem.lengths else slice(None), part] for x in (start, stop))
+            low, high = int(first.min()), int(last.max())
+            if low < high:
+                key = torch.arange(low, high)
+                yield some, part, slice(low, high), (first[..., None] <= key) & (key < last[..., None])
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, problem: AttentionProblem, softmax_scale: float) -> Tensor:
+    """Attention over cleaned inputs, without output clip or noise: [B, S, H, D] in their dtype."""
+    out = torch.zeros_like(q)
+    for some, rows, keys, visible in blocks(problem):
+        out[some, rows] = attention_rows(
+            q[some, rows],
+            k[some, keys],
+            v[some, keys],
+            visible.to(q.device),
+            problem.logit_bound,
+            softmax_scale,
+        )
+    return out
+
+
+def attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    problem: AttentionProblem,
+    norm: Norm,
+    softmax_scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of noiseless attention with its output clip, for cleaned inputs; recomputes each block."""
+    dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    for some, rows, keys, visible in blocks(problem):
+        leaves = [x.detach().requires_grad_() for x in (q[some, rows], k[some, keys], v[some, keys])]
+        with torch.enable_grad():
+            out = attention_rows(*leaves, visible.to(q.device), problem.logit_bound, softmax_scale)
+            if problem.clip == "output" and problem.clip_norm is not None:
+                out = clip_rows(out, problem.clip_norm, norm)
+        dq[some, rows], dk_part, dv_part = torch.autograd.grad(out, leaves, dout[some, rows])
+        dk[some, keys] += dk_part
+        dv[some, keys] += dv_part
+    return dq, dk, dv

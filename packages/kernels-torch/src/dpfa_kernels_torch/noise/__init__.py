@@ -1,0 +1,1 @@
+"""From a key and coordinates to noise: counter map, generator, transform."""

@@ -1,0 +1,63 @@
+"""The noise of one release, as a tensor."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dpfa_core.contracts import NoiseKey
+from dpfa_core.spec import AttentionProblem, NoisePlan
+from dpfa_kernels_torch.noise.draw import pairs
+from dpfa_kernels_torch.noise.layout import release_counts
+from dpfa_kernels_torch.visibility import key_ranges
+
+CHUNK = 1 << 18
+"""Noise values computed at a time: bounds the float64 working set to a few megabytes."""
+
+
+def noise_scale(problem: AttentionProblem, plan: NoisePlan) -> Tensor:
+    """The scale of each row and head: float64 [B or 1, S or 1, H or 1] on the CPU."""
+    head = torch.tensor(plan.head_scale, dtype=torch.float64)
+    row = torch.tensor(plan.row_scale, dtype=torch.float64)
+    if len(plan.row_scale) == 1:
+        return (head * row).reshape(1, 1, -1)
+    start, stop = key_ranges(problem)
+    return row[stop - start].unsqueeze(-1) * head
+
+
+def release_noise(
+    problem: AttentionProblem, plan: NoisePlan, key: NoiseKey, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """The noise of a release: standard values times their scale in float64, rounded once to `dtype`.
+
+    Guarantee: tested (known counters, laws at fixed seeds, independence over every coordinate).
+    Args:
+        key: a key of purpose "release"; the noise lies on its device.
+    Returns: `dtype` [B, S, H, D].
+    """
+    device = key.words.device
+    B, S, H, D = problem.batch, problem.q_len, problem.q_heads, problem.head_dim
+    counts = release_counts(H, D)
+    scale = noise_scale(problem, plan).to(device).expand(B, S, H).transpose(1, 2).reshape(B * H, S, 1)
+    release = key.release.view(torch.int64).reshape(1, 1, 1)
+    streams = torch.arange(B * H, device=device).reshape(-1, 1, 1)
+    rows = torch.arange(S, device=device).reshape(1, -1, 1)
+    columns = torch.arange(0, D, 2, device=device).reshape(1, 1, -1)
+
+    noise = torch.empty(B * H, S, D, dtype=dtype, device=device)
+    row_step = max(1, CHUNK // D)
+    stream_step = max(1, CHUNK // (D * S))
+    for first in range(0, B * H, stream_step):
+        some = slice(first, first + stream_step)
+        for first_row in range(0, S, row_step):
+            part = slice(first_row, first_row + row_step)
+            coordinates = {
+                "batch": streams[some] // H,
+                "head": streams[some] % H,
+                "row": rows[:, part],
+                "column": columns,
+                "release": release,
+            }
+            values = pairs(key, plan.distribution, plan.transform, coordinates, counts).flatten(-2)
+            noise[some, part] = (values[..., :D] * scale[some, part]).to(dtype)
+    return noise.reshape(B, H, S, D).transpose(1, 2)

@@ -1,0 +1,66 @@
+"""Gaussian noise on the summed gradient of one parameter."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dpfa_core.checks import integer, non_negative, require
+from dpfa_core.contracts import NoiseKey
+from dpfa_kernels_torch.noise.draw import pairs
+
+CHUNK = 1 << 17
+"""Noise values computed at a time: the float64 working set stays in the cache."""
+
+
+def add_training_noise_(
+    grad: Tensor, std: float, key: NoiseKey, *, parameter: int, step: int, first_element: int = 0
+) -> Tensor:
+    """Add N(0, std^2) to every element of `grad`, in place, by the 53-bit profile.
+
+    The noise of an element depends on (key, parameter, step, its index in the whole parameter) alone, so
+    shards and ranks get their slices of the same noise.
+
+    Guarantee: tested (shards equal slices; chi-square, KS, independence at fixed seeds).
+    Args:
+        grad: float32 or float64; elements count in row-major order.
+        std: noise standard deviation in the gradient's units; 0 changes nothing.
+        key: a key of purpose "training" on the gradient's device.
+        parameter: the parameter's number, below 2**32.
+        step: the optimiser step's number.
+        first_element: index, in the whole parameter, of the first element of `grad`.
+    Returns: `grad`.
+    Raises: PrivacyParameterError for another dtype, a negative or non-finite std, another purpose, or a
+        coordinate past its bound.
+    Source: PRIVACY P7 (noise before any rounding to a low precision) and P10.
+    """
+    require(
+        grad.dtype in (torch.float32, torch.float64),
+        "a gradient must be float32 or float64 when it gets its noise",
+        str(grad.dtype),
+        "Sum and noise in float32, round to the parameter's dtype afterwards.",
+    )
+    non_negative("the noise's std", std)
+    require(key.purpose == "training", 'the noise key must have the purpose "training"', key.purpose)
+    device = key.words.device
+    require(grad.device == device, f"the gradient must be on the key's device, {device}", str(grad.device))
+    for name, value in (("parameter", parameter), ("step", step), ("first_element", first_element)):
+        integer(name, value, least=0)
+    if std == 0:
+        return grad
+    flat = grad.detach().reshape(-1)
+    fixed = {
+        "parameter": torch.tensor([parameter], device=device),
+        "step": torch.tensor([step], device=device),
+    }
+    last = first_element + flat.numel()
+    # Chunks begin at even elements: a pair is never split between two calls of the generator.
+    for start in range(first_element - first_element % 2, last, CHUNK):
+        stop = min(start + CHUNK, last)
+        element = torch.arange(start, stop, 2, device=device)
+        noise = pairs(key, "gaussian", "bm64", {**fixed, "element": element}, {}).flatten()
+        begin = max(start, first_element)
+        flat[begin - first_element : stop - first_element] += (noise[begin - start : stop - start] * std).to(grad.dtype)
+    if flat.data_ptr() != grad.data_ptr():
+        grad.detach().copy_(flat.view_as(grad))
+    return grad

@@ -1,0 +1,167 @@
+"""How far one record moves the rows of one attention release (PRIVACY P2, P3, P10).
+
+In a row with n visible keys and logits within +-B, one softmax weight is at most
+1 / (1 + (n-1) exp(-2B)). Replacing one key and its value moves such a row by at most twice that, times the
+clip norm; the record's own row moves further, because with its query every logit changes.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from itertools import accumulate
+from typing import Literal
+
+from dpfa_core.errors import PrivacyParameterError
+from dpfa_core.spec import AttentionProblem, Norm, PrivacySpec, Reasons, Sensitivity
+from dpfa_core.visibility import lengths, visible_range
+from dpfa_mechanisms.rounding import (
+    accumulation,
+    clipped_norm,
+    exponent_error,
+    output_norm,
+    weight_error,
+)
+
+SUM_MARGIN = 1.0 + 2.0**-30
+"""Covers the float64 sums of this module."""
+
+
+def max_weight(visible_keys: int, logit_bound: float) -> float:
+    """The largest softmax weight one key can have in a row with `visible_keys` keys and bounded logits."""
+    if visible_keys <= 0:
+        return 0.0
+    return 1.0 / (1.0 + (visible_keys - 1) * math.exp(-2.0 * logit_bound))
+
+
+def own_row_factor(visible_keys: int, logit_bound: float) -> float:
+    """Half the largest move, per clip norm, of the row whose query, key and value are all replaced.
+
+    At the extremum a keys go up and the other n-1-a go down; what stays is convex in a, so an even split
+    is the worst one.
+    """
+    n = visible_keys
+    if n <= 0:
+        return 0.0
+    low = math.exp(-2.0 * logit_bound)
+
+    def stays(keys: int) -> float:
+        return keys * low / (keys * low + (n - keys))
+
+    return 1.0 - stays((n - 1) // 2) - stays(n // 2)
+
+
+def reasons_against(spec: PrivacySpec, problem: AttentionProblem, norm: Norm) -> Reasons:
+    """Why this package has no proved bound for the release; empty means that it has one."""
+    reasons = []
+    if norm not in ("l1", "l2"):
+        reasons.append(f"sensitivities are known in the norms l1 and l2, got {norm!r}.")
+    if spec.unit not in ("sequence", "token"):
+        reasons.append(
+            f'an attention release protects unit="sequence" or "token", got {spec.unit!r}; '
+            "examples and users are units of training."
+        )
+    if problem.clip_norm is None:
+        reasons.append("a release needs a finite clip_norm, got None; without one a row can move without limit.")
+    if spec.unit == "token":
+        if problem.clip != "value":
+            reasons.append(
+                f'unit="token" needs clip="value", got {problem.clip!r}; '
+                "an output clip lets every row that sees the token move by twice the clip norm."
+            )
+        if problem.logit_bound is None:
+            reasons.append('unit="token" needs a logit_bound, got None; without one a single key can take all weight.')
+        if problem.mask is not None:
+            reasons.append(
+                'unit="token" has no bound for a packed mask; use causal, window or lengths, or unit="sequence".'
+            )
+    return tuple(reasons)
+
+
+def sensitivity(spec: PrivacySpec, problem: AttentionProblem, norm: Norm = "l2") -> Sensitivity:
+    """The largest distance between two releases whose inputs differ in one record.
+
+    Guarantee: tested (records replaced by brute force never exceed it; extremal ones reach it).
+    Args: `norm` is the one the mechanism clips in, "l1" or "l2".
+    Returns: value and rows in output units, with the margin for floating point; `naive` is what holds
+    without looking at the softmax.
+    Raises: PrivacyParameterError with every reason against.
+    Source: PRIVACY P3; the row bounds are attained.
+    """
+    reasons = reasons_against(spec, problem, norm)
+    if reasons:
+        raise PrivacyParameterError("this release has no sensitivity: " + " ".join(reasons))
+    if spec.unit == "sequence":
+        return _sequence(problem, norm, 1.0 if spec.relation == "add_or_remove" else 2.0)
+    return _token(problem, norm, "public" if spec.queries == "public" else "private")
+
+
+def _rows(problem: AttentionProblem) -> int:
+    """Released rows times heads of the longest batch row: R."""
+    return max((pair[0] for pair in problem.lengths), default=problem.q_len) * problem.q_heads
+
+
+def _whole(row: float, rows: int, norm: Norm) -> float:
+    return row * (rows if norm == "l1" else math.sqrt(rows)) * SUM_MARGIN
+
+
+def _sequence(problem: AttentionProblem, norm: Norm, moves: float) -> Sensitivity:
+    row = moves * output_norm(problem, norm)
+    value = _whole(row, _rows(problem), norm)
+    return Sensitivity(
+        norm=norm,
+        value=value,
+        naive=value,
+        item="P3.sequence",
+        row_bound=(0.0,) + (row * SUM_MARGIN,) * problem.kv_len,
+    )
+
+
+@lru_cache(maxsize=256)
+def _token(problem: AttentionProblem, norm: Norm, queries: Literal["public", "private"]) -> Sensitivity:
+    bound = math.inf if problem.logit_bound is None else problem.logit_bound
+    effective = bound + exponent_error(bound) / 2
+    weight, clip = weight_error(problem), 2.0 * clipped_norm(problem, norm)
+    whole_row = 2.0 * output_norm(problem, norm)
+
+    def seen(n: int) -> float:
+        grown = max_weight(n, effective) * (1.0 + 2.0 * weight) ** 2
+        return min(whole_row, clip * (grown + accumulation(n))) if n else 0.0
+
+    def own(n: int) -> float:
+        grown = (own_row_factor(n, effective) + 2.0 * weight) * (1.0 + 2.0 * weight)
+        return min(whole_row, clip * (grown + accumulation(n))) if n else 0.0
+
+    others = [seen(n) for n in range(problem.kv_len + 1)]
+    itself = [own(n) for n in range(problem.kv_len + 1)] if queries == "private" else others
+    power = 1 if norm == "l1" else 2
+    shapes = {lengths(problem, row): row for row in range(len(problem.lengths) or 1)}
+    total, worst = max(_heaviest_key(problem, row, others, itself, power) for row in shapes.values())
+    return Sensitivity(
+        norm=norm,
+        value=(problem.q_heads * total) ** (1.0 / power) * SUM_MARGIN,
+        naive=_whole(whole_row, _rows(problem), norm),
+        item=f"P3.token.{queries}",
+        row_bound=tuple(row * SUM_MARGIN for row in itself),
+        worst_key=-worst,
+    )
+
+
+def _heaviest_key(
+    problem: AttentionProblem, batch_row: int, others: list[float], itself: list[float], power: int
+) -> tuple[float, int]:
+    """The largest sum over rows, and minus the first key that has it."""
+    q_len, kv_len = lengths(problem, batch_row)
+    steps = [0.0] * (kv_len + 1)
+    own = [0.0] * (kv_len + 1)
+    for row in range(q_len):
+        start, stop = visible_range(problem, row, batch_row)
+        weight = others[stop - start] ** power
+        steps[start] += weight
+        steps[stop] -= weight
+        key = row + kv_len - q_len
+        # a row sees its own key under every causal mask and window
+        if 0 <= key < kv_len:
+            own[key] = itself[stop - start] ** power - weight
+    totals = [seen + extra for seen, extra in zip(accumulate(steps), own, strict=True)][:kv_len]
+    return max(((total, -key) for key, total in enumerate(totals)), default=(0.0, 0))
