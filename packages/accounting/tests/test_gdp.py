@@ -4,7 +4,7 @@ import math
 
 import mpmath
 import pytest
-from exact import gaussian_delta
+from closed_forms import gaussian_delta
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

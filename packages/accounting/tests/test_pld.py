@@ -3,7 +3,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from exact import poisson_delta
+from closed_forms import poisson_delta
 
 from dpfa_accounting.pld import PldAccountant
 from dpfa_core.errors import PrivacyParameterError, UnsupportedEvent

@@ -14,6 +14,7 @@ from dpfa_core.checks import fraction, integer, non_negative, require
 from dpfa_core.errors import UnsupportedEvent
 from dpfa_core.events import (
     Composed,
+    EpsilonDelta,
     Event,
     FixedSizeSampled,
     Gaussian,
@@ -59,6 +60,11 @@ def merged(releases: Iterable[tuple[Event, int]]) -> Releases:
     if gaussians:
         rest[_together(gaussians)] += 1
     return _ordered(rest)
+
+
+def _is_slack(event: Event) -> bool:
+    """A (0, delta)-private part, such as a sampler's tail: composing it adds its delta, whatever prices the rest."""
+    return isinstance(event, EpsilonDelta) and event.epsilon == 0
 
 
 def _joint(event: Event) -> Event:
@@ -132,7 +138,7 @@ class ComposingAccountant(ABC):
         reasons: list[str] = []
         relation = self._relation
         for leaf, _ in leaves(event):
-            if not isinstance(leaf, NonPrivate):
+            if not isinstance(leaf, NonPrivate) and not _is_slack(leaf):
                 reasons += (*sampling_reasons(leaf), *self._against(_unsampled(leaf)))
             stated = relation_of(leaf)
             if relation and stated and stated != relation:
@@ -170,7 +176,12 @@ class ComposingAccountant(ABC):
             return 0.0
         if NonPrivate() in self._counts:
             return math.inf
-        value = float(self._epsilon(merged(self._counts.items()), delta))
+        rest, slack = self._priced()
+        if slack > delta:
+            return math.inf
+        if not rest:
+            return 0.0
+        value = float(self._epsilon(rest, math.nextafter(delta - slack, 0.0) if slack else delta))
         self._number("epsilon", value)
         return math.nextafter(value, math.inf) if value > 0 else 0.0
 
@@ -184,7 +195,8 @@ class ComposingAccountant(ABC):
             return 0.0
         if NonPrivate() in self._counts:
             return 1.0
-        value = float(self._delta(merged(self._counts.items()), epsilon))
+        rest, slack = self._priced()
+        value = slack + (float(self._delta(rest, epsilon)) if rest else 0.0)
         self._number("delta", value)
         return min(1.0, math.nextafter(value, 1.0)) if value > 0 else 0.0
 
@@ -205,6 +217,13 @@ class ComposingAccountant(ABC):
         for data, count in rows or ():
             accountant.compose(Event.from_json(data), count)
         return accountant
+
+    def _priced(self) -> tuple[Releases, float]:
+        """What the accountant prices, and the sum of the deltas that stand alone, rounded up."""
+        slacks = [(event, count) for event, count in self._counts.items() if _is_slack(event)]
+        rest = merged((event, count) for event, count in self._counts.items() if not _is_slack(event))
+        slack = math.fsum(count * event.delta for event, count in slacks if isinstance(event, EpsilonDelta))
+        return rest, math.nextafter(slack * (1.0 + 2.0**-50), 1.0) if slack else 0.0
 
     def _number(self, quantity: str, value: float) -> None:
         if math.isnan(value) or value < 0:

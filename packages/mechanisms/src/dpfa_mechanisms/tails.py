@@ -34,6 +34,7 @@ DECADES = 13
 def tail_radius(dtype: str, bits: int) -> float:
     """The radius, in noise stds, at which the Gaussian sampler counts as ended.
 
+    Guarantee: tested (no gap between radii is wider there than a rounding step).
     Args: `dtype` of the released output; `bits` of the radius: 32 for "bm32", 53 for "bm64".
     Raises: PrivacyParameterError for a pair without a radius, float64 among them.
     Source: PRIVACY P10.
@@ -44,7 +45,10 @@ def tail_radius(dtype: str, bits: int) -> float:
 
 
 def released_numbers(problem: AttentionProblem) -> int:
-    """How many released numbers one record can touch: all of one batch row, in pairs of columns."""
+    """How many released numbers one record can touch: all of one batch row, in pairs of columns.
+
+    Guarantee: tested. An upper bound for the token unit, whose record reaches fewer rows under a window.
+    """
     rows = max((pair[0] for pair in problem.lengths), default=problem.q_len)
     return rows * problem.q_heads * 2 * math.ceil(problem.head_dim / 2)
 
@@ -57,20 +61,22 @@ def delta_with_tail(delta: float, *, noise_multiplier: float, numbers: int, radi
     Source: PRIVACY P10.
     """
     require(0 <= delta <= 1, "delta must be in [0, 1]", delta)
-    inflated = delta * _inflation(numbers, radius)
-    return min(1.0, inflated + gaussian_tail(noise_multiplier, numbers=numbers, radius=radius))
+    tail = gaussian_tail(noise_multiplier, numbers=numbers, radius=radius)
+    whole = _untouched(numbers, radius)
+    return min(1.0, delta / whole * (1.0 + 2.0**-40) + tail) if whole > 0 else 1.0
 
 
 def delta_after_tail(delta: float, *, noise_multiplier: float, numbers: int, radius: float) -> float:
     """The delta left for calibration once the tail is charged.
 
+    Guarantee: tested (``delta_with_tail`` of what is left is at most `delta`).
     Args: `noise_multiplier`: any that the release will not go below, such as the one calibrated for the
     whole `delta`; the final one is larger and its tail smaller.
     Raises: PrivacyParameterError if the tail alone costs `delta` or more.
     Source: PRIVACY P10.
     """
     tail = gaussian_tail(noise_multiplier, numbers=numbers, radius=radius)
-    left = (delta - tail) / _inflation(numbers, radius) * (1.0 - 2.0**-40)
+    left = (delta - tail) * _untouched(numbers, radius) * (1.0 - 2.0**-40)
     if left <= 0:
         raise PrivacyParameterError(
             f"delta must exceed {tail:.3g}, the cost of a sampler that ends at {radius} stds for {numbers} "
@@ -86,10 +92,16 @@ def gaussian_tail(noise_multiplier: float, *, numbers: int, radius: float) -> fl
     The record moves `numbers` values by at most 1 / noise_multiplier stds in all, in pairs of columns. How
     it spreads the move over the pairs is its choice, so the cost of one pair enters by its least concave
     majorant.
+
+    Guarantee: tested (against quadrature and against evenly spread moves).
+    Args: as ``delta_with_tail``.
+    Source: PRIVACY P10.
     """
     positive("noise_multiplier", noise_multiplier)
     integer("numbers", numbers, least=2)
     positive("radius", radius)
+    if 1.0 / noise_multiplier >= radius:
+        return 1.0
     pairs, most = math.ceil(numbers / 2), noise_multiplier**-2.0
     shifts, costs = _pair_costs(most, radius)
     return min(1.0, pairs * _majorant(shifts, costs, most / pairs))
@@ -101,7 +113,9 @@ def laplace_tail(noise_multiplier: float, *, end: float) -> float:
     A coordinate moved by s leaves the other's support with probability (e^s - 1) e^-end / (2 - 2 e^-end),
     convex in s: the worst record moves one number by all of 1 / noise_multiplier.
 
+    Guarantee: tested (against quadrature).
     Args: `end` of the sampler in units of its scale; (k + 1) ln 2 for k uniform bits, at the most.
+    Source: PRIVACY P4, P10.
     """
     positive("noise_multiplier", noise_multiplier)
     positive("end", end)
@@ -109,9 +123,9 @@ def laplace_tail(noise_multiplier: float, *, end: float) -> float:
     return 0.5 * math.exp(-end) * math.expm1(moved) / -math.expm1(-end) * (1.0 + 2.0**-40)
 
 
-def _inflation(numbers: int, radius: float) -> float:
-    pairs = math.ceil(numbers / 2)
-    return math.exp(-pairs * math.log1p(-math.exp(-radius * radius / 2.0)))
+def _untouched(numbers: int, radius: float) -> float:
+    """Probability that ideal noise keeps all its pairs within the radius."""
+    return math.exp(math.ceil(numbers / 2) * math.log1p(-math.exp(-radius * radius / 2.0)))
 
 
 @lru_cache(maxsize=64)
@@ -132,7 +146,7 @@ def _pair_cost(shift: float, radius: float) -> float:
     inner, outer = edges[:-1], edges[1:]
     mass = np.exp(-inner * inner / 2.0) * -np.expm1(-(outer - inner) * (outer + inner) / 2.0)
     # on one circle the outside is an arc, and it grows with the circle
-    cosine = (radius * radius - outer * outer - shift) / (2.0 * outer * length)
+    cosine = ((radius - outer) * (radius + outer) - shift) / (2.0 * outer * length)
     arc = np.arccos(np.clip(cosine, -1.0, 1.0)) / math.pi
     return float(np.dot(mass, arc)) / -math.expm1(-radius * radius / 2.0) * (1.0 + 1e-9)
 

@@ -30,7 +30,6 @@ from dpfa_training.tape import Tape
 NOT_COVERED = (
     "Loss, accuracy, gradient norms and clip fractions seen during training are functions of the private "
     "data; they are not covered by epsilon.",
-    "The number of training records and the set of classes are treated as public.",
     "The loss is assumed to be a mean (or sum) over rows of terms that depend on their own row only, where "
     "the module does not compute it itself.",
     "Noise is drawn in floating point (53-bit radius); the finite tail and the rounding of the noised "

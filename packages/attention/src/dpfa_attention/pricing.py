@@ -1,0 +1,156 @@
+"""From a promise to a plan: the mechanism calibrates, the sampler's end is charged, accounting prices it again."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+from dpfa_accounting.calibration import calibrate_noise_multiplier
+from dpfa_attention.sampler_end import cost_of_end, even, samplers
+from dpfa_core.contracts import Mechanism
+from dpfa_core.errors import DPFAError, PluginError, PrivacyParameterError, UnsupportedEvent
+from dpfa_core.events import Composed, EpsilonDelta, Event, NonPrivate
+from dpfa_core.registry import MECHANISMS, Entry
+from dpfa_core.spec import AttentionProblem, NoisePlan, PrivacySpec, Sensitivity
+from dpfa_core.spending import first_party_accountants, upper_bound
+from dpfa_mechanisms.sensitivity import sensitivity
+
+AGREEMENT = 1e-9
+"""Two correct prices of one release differ by less than this, relative or absolute."""
+
+LITTLE = 1.0 / 16.0
+"""A sampler that costs more than this share of delta gives way to one that reaches further."""
+
+
+@dataclass(frozen=True)
+class PricedRelease:
+    """All that is known of a release before a tensor is touched."""
+
+    mechanism: str
+    plan: NoisePlan
+    event: Event
+    """What the ledger is charged: the mechanism's own event and the end of the sampler."""
+    epsilon: float
+    """At the delta asked for, the end of the sampler included."""
+    noise_multiplier: float
+    noise_std: float
+    sensitivity: Sensitivity | None
+
+
+@lru_cache(maxsize=1024)
+def noiseless_release(entry: Entry, problem: AttentionProblem) -> PricedRelease:
+    """Attention without noise, clipped in the mechanism's norm if at all: epsilon is infinite."""
+    plan = NoisePlan(
+        mechanism="none", distribution="none", head_scale=(0.0,), norm=_additive(entry).norm, transform="bm64"
+    )
+    return PricedRelease("none", plan, NonPrivate(), math.inf, 0.0, 0.0, None)
+
+
+@lru_cache(maxsize=1024)
+def priced_release(
+    entry: Entry, accountant: str | None, spec: PrivacySpec, problem: AttentionProblem, lifetime_delta: float
+) -> PricedRelease:
+    """The noise that keeps `spec`, and what it costs.
+
+    The noise sampler ends somewhere, which costs a delta of its own: it is taken off the promised delta
+    before the mechanism calibrates, and is part of the event, so that many calls add it up.
+
+    Guarantee: tested (price by an accountant that did not choose the noise; cost of the end: see ``sampler_end``).
+    Args: `entry` of the mechanism; `accountant` to calibrate by, None for the mechanism's closed form;
+    `lifetime_delta` at which the ledger adds up.
+    Raises: PrivacyParameterError with the mechanism's reasons, or if delta cannot pay the sampler's end;
+    PluginError if accounting prices the release above the promise; UnsupportedEvent if it cannot price it.
+    """
+    mechanism = _additive(entry)
+    reasons = tuple(mechanism.supports(spec, problem))
+    if reasons:
+        raise PrivacyParameterError(f"mechanism {entry.name!r} cannot keep this promise: {' '.join(reasons)}")
+    bound = sensitivity(spec, problem, mechanism.norm)
+
+    # With the whole delta the noise is the least, and the sampler's end costs the most.
+    least = mechanism.calibrate(spec.epsilon, spec.delta)
+    for plan in samplers(mechanism.plan(bound, (least,), problem), problem):
+        cost = cost_of_end(plan, problem, bound, noise_multiplier=least, delta=spec.delta)
+        if cost <= LITTLE * spec.delta:
+            break
+    if cost >= spec.delta:
+        raise PrivacyParameterError(
+            f"delta must exceed {cost:.3g}, what the end of the noise sampler costs at this size in "
+            f"{problem.dtype}, got {spec.delta:.3g}; raise delta or lower epsilon."
+        )
+    left = math.nextafter(spec.delta - cost, 0.0)
+
+    noise_multiplier = max(least, mechanism.calibrate(spec.epsilon, left))
+    if accountant is not None:
+        by_name = calibrate_noise_multiplier(mechanism.event, spec.epsilon, left, accountant)
+        noise_multiplier = max(noise_multiplier, by_name)
+    event = mechanism.event(noise_multiplier)
+    epsilon = _price(entry, accountant, event, spec, left)
+
+    plan = dataclasses.replace(mechanism.plan(bound, (noise_multiplier,), problem), transform=plan.transform)
+    _check_plan(entry, plan, noise_multiplier, bound)
+    lifetime = max(spec.delta, lifetime_delta)
+    end = EpsilonDelta(0.0, cost_of_end(plan, problem, bound, noise_multiplier=noise_multiplier, delta=lifetime))
+    scale = max(plan.head_scale) * max(plan.row_scale)
+    return PricedRelease(
+        entry.name,
+        plan,
+        Composed((event, end)),
+        epsilon,
+        noise_multiplier,
+        scale * math.sqrt(2.0) if plan.distribution == "laplace" else scale,
+        bound,
+    )
+
+
+def _additive(entry: Entry) -> Mechanism:
+    mechanism: Mechanism = MECHANISMS.create(entry.name)
+    kind = getattr(mechanism, "kind", "one that finishes tensors (add_noise)")
+    if kind != "additive":
+        raise PluginError(
+            f"mechanism {entry.name!r} of {entry.origin} must add planned noise (kind 'additive') to release "
+            f"attention, got {kind!r}; choose another one."
+        )
+    return mechanism
+
+
+def _check_plan(entry: Entry, plan: NoisePlan, noise_multiplier: float, bound: Sensitivity) -> None:
+    if plan.structure is not None:
+        raise PrivacyParameterError(
+            f"mechanism {entry.name!r} plans {plan.structure.kind!r} noise, which this version does not offer; "
+            "choose a mechanism without structure."
+        )
+    least = noise_multiplier * bound.value
+    if plan.norm != bound.norm or (even(plan) and plan.head_scale[0] * plan.row_scale[0] < least):
+        raise PluginError(
+            f"mechanism {entry.name!r} of {entry.origin} must plan noise of scale {least:.9g} or more and a clip in "
+            f"{bound.norm}, as its noise multiplier and norm say, got {plan}; nothing was released. Correct the plugin."
+        )
+
+
+def _price(entry: Entry, accountant: str | None, event: Event, spec: PrivacySpec, delta: float) -> float:
+    """Epsilon of `event` at `delta` by the first accountant that confirms the promise."""
+    promised = spec.epsilon * (1.0 + AGREEMENT) + AGREEMENT
+    above: list[str] = []
+    reasons: list[str] = []
+    for name in (accountant,) if accountant else first_party_accountants():
+        try:
+            price = upper_bound(name, ((event, 1),), delta)
+        except DPFAError as error:
+            reasons.append(f"{name}: {error}")
+            continue
+        if price <= promised:
+            return min(price, spec.epsilon)
+        above.append(f"{name} {price:.9g}")
+    if above:
+        raise PluginError(
+            f"mechanism {entry.name!r} of {entry.origin} must cost at most epsilon={spec.epsilon} at "
+            f"delta={delta:.6g}, got {', '.join(above)} for {event}; nothing was released. One of them is wrong: "
+            "check both with `dpfa verify`."
+        )
+    raise UnsupportedEvent(
+        f"no installed accountant can price {event!r} of mechanism {entry.name!r} at {delta=:.6g}; nothing was "
+        f"released. Install dpfa-accounting or choose another mechanism. {' '.join(reasons)}"
+    )

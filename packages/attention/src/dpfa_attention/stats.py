@@ -1,0 +1,37 @@
+"""What one call promised and did."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from dpfa_core.spec import Relation, Unit
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrivacyStats:
+    """The statement of one release; every number in it is public.
+
+    Guarantee: tested (`epsilon_spent` is priced by an accountant that did not choose the noise).
+    """
+
+    epsilon_spent: float
+    """Of this call, at most the epsilon asked for; inf where there was no noise."""
+    delta: float
+    """Of this call, the end of the noise sampler included."""
+    scope: Literal["release", "pending_step"] = "release"
+    unit: Unit
+    relation: Relation
+    privacy_mechanism: str
+    """The mechanism's own name, whatever alias it was asked by; "none" where there was no noise."""
+    noise_multiplier: float
+    """Gaussian: std / l2 sensitivity; Laplace: b / l1 sensitivity; 0 where there was no noise."""
+    noise_std: float
+    """In output units; the largest over rows and heads."""
+    backend: str
+    event_id: str
+    """The line of the ledger that this call was charged to."""
+    secure_noise: bool
+    """False where a seed was given: whoever knows it can subtract the noise."""
+    grad_norm: float = math.nan

@@ -1,0 +1,54 @@
+"""Differentially private transformers: the public names.
+
+Two settings that are never mixed: *release*, where an attention output leaves and is noised
+(``dp_flash_attn_func``), and *training*, where attention is exact and the gradients are noised
+(``make_private``).
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dp_flash_attention.cuda import cuda_version
+    from dp_flash_attention.self_test import privacy_check
+    from dpfa_attention import PrivacyStats, dp_flash_attn_func
+    from dpfa_core.ledger import Ledger
+    from dpfa_training import clipped_gradients, engine_of, make_private, make_private_with_epsilon
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "Ledger": "dpfa_core.ledger",
+    "PrivacyStats": "dpfa_attention",
+    "clipped_gradients": "dpfa_training",
+    "cuda_version": "dp_flash_attention.cuda",
+    "dp_flash_attn_func": "dpfa_attention",
+    "engine_of": "dpfa_training",
+    "make_private": "dpfa_training",
+    "make_private_with_epsilon": "dpfa_training",
+    "privacy_check": "dp_flash_attention.self_test",
+}
+
+__all__ = [
+    "Ledger",
+    "PrivacyStats",
+    "clipped_gradients",
+    "cuda_version",
+    "dp_flash_attn_func",
+    "engine_of",
+    "make_private",
+    "make_private_with_epsilon",
+    "privacy_check",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # Imported on first use: the command line and a planning script need neither torch nor the kernels.
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = import_module(_WHERE[name])
+    value = getattr(module, name)
+    globals()[name] = value
+    return value
