@@ -44,10 +44,13 @@ def dpfa(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
     return run
 
 
-GOOD = "wonderful delightful superb moving charming brilliant touching gripping".split()
-BAD = "dreadful boring clumsy tedious shallow annoying pointless lifeless".split()
-THINGS = "plot cast music pacing dialogue ending camera script humour setting".split()
-FILLER = "the film was shown on a rainy evening and we talked about it on the way home".split()
+GOOD = ["wonderful", "delightful", "superb", "moving", "charming", "brilliant", "touching", "gripping"]
+BAD = ["dreadful", "boring", "clumsy", "tedious", "shallow", "annoying", "pointless", "lifeless"]
+THINGS = ["plot", "cast", "music", "pacing", "dialogue", "ending", "camera", "script", "humour", "setting"]
+FILLER = (
+    *(["the", "film", "was", "shown", "on", "a", "rainy", "evening"]),
+    *(["and", "we", "talked", "about", "it", "on", "the", "way", "home"]),
+)
 
 
 def reviews(rows: int, seed: int = 0, label_noise: float = 0.12) -> list[tuple[str, str]]:
@@ -60,7 +63,9 @@ def reviews(rows: int, seed: int = 0, label_noise: float = 0.12) -> list[tuple[s
         for _ in range(draw.randint(2, 5)):
             leaning = positive if draw.random() < 0.8 else not positive
             word, thing = draw.choice(GOOD if leaning else BAD), draw.choice(THINGS)
-            parts.append(draw.choice((f"The {thing} was {word}.", f"What a {word} {thing}!", f"I found the {thing} {word}.")))
+            parts.append(
+                draw.choice((f"The {thing} was {word}.", f"What a {word} {thing}!", f"I found the {thing} {word}."))
+            )
             parts.append(" ".join(draw.sample(FILLER, 5)) + ".")
         label = positive if draw.random() >= label_noise else not positive
         found.append((" ".join(parts), "good" if label else "bad"))

@@ -12,14 +12,29 @@ from dpfa_core.ledger import Ledger
 
 def test_plan_train_prices_by_every_accountant(dpfa):
     done = dpfa(
-        "plan", "train", "--epsilon", 3, "--delta", 1e-5, "--records", 60000, "--batch-size", 256, "--epochs", 5, "--json"
+        "plan",
+        "train",
+        "--epsilon",
+        3,
+        "--delta",
+        1e-5,
+        "--records",
+        60000,
+        "--batch-size",
+        256,
+        "--epochs",
+        5,
+        "--json",
     )
     assert done.code == 0, done.err
     plan = done.json
     assert plan["steps"] == 5 * 235
     assert 2.99 < plan["epsilon"] <= 3.0
     assert set(plan["epsilons"]) >= {"rdp", "pld", "prv"}
-    assert dpfa("plan", "train", "--epsilon", 3, "--delta", 1e-5, "--records", 10, "--batch-size", 11, "--epochs", 1).code == 2
+    assert (
+        dpfa("plan", "train", "--epsilon", 3, "--delta", 1e-5, "--records", 10, "--batch-size", 11, "--epochs", 1).code
+        == 2
+    )
 
 
 def test_plan_release_shows_what_sensitivity_analysis_buys(dpfa):
@@ -86,9 +101,7 @@ def test_verify_checks_one_plugin_and_fails_for_an_unknown_name(dpfa):
     assert dpfa("verify", "no-such-plugin").code == 2
 
 
-@pytest.mark.parametrize(
-    "command", ["train", "plan train", "plan release", "report", "spent", "doctor", "verify"]
-)
+@pytest.mark.parametrize("command", ["train", "plan train", "plan release", "report", "spent", "doctor", "verify"])
 def test_every_command_has_help_with_an_example(dpfa, command):
     done = dpfa(*command.split(), "--help")
     assert done.code == 0

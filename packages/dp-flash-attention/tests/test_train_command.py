@@ -46,8 +46,8 @@ def test_a_run_leaves_weights_statement_metrics_and_report(dpfa, csv, tmp_path):
     done = dpfa("train", "--data", csv(), "--epsilon", 8, "--delta", 1e-3, "--epochs", 3, "--out", out, "--json")
     assert done.code == 0, done.err
     result, privacy = done.json, json.loads((out / "privacy.json").read_text())
-    assert KEYS | MORE <= result.keys()
-    assert KEYS <= privacy.keys()
+    assert result.keys() >= KEYS | MORE
+    assert privacy.keys() >= KEYS
     assert 7.5 < privacy["epsilon"] <= 8
     assert set(privacy["epsilons"]) == {"rdp", "pld", "prv"}
     assert privacy["epsilon"] == min(privacy["epsilons"].values())
@@ -256,9 +256,9 @@ def test_resume_on_other_data_is_refused(dpfa, csv, tmp_path):
 
 
 def test_a_ledger_that_was_spent_elsewhere_exhausts_the_budget(dpfa, csv, tmp_path):
-    from dpfa_core.events import Gaussian
     from dp_flash_attention.data.sources import load_task
     from dp_flash_attention.training_run.settings import Settings
+    from dpfa_core.events import Gaussian
     from dpfa_training import plan_for_target
 
     path, out = csv(300), tmp_path / "run"

@@ -15,7 +15,8 @@ def visible_range(problem: AttentionProblem, row: int, batch_row: int = 0) -> tu
     """Half-open range of the keys that query `row` sees under causal, window and lengths.
 
     Causal masks and windows are aligned bottom-right: the last query row stands at the last key.
-    An empty range is ``(start, start)``; a padding row, past its length, sees nothing. A problem with a packed `mask` has no ranges and is refused.
+    An empty range is ``(start, start)``; a padding row, past its length, sees nothing.
+    A problem with a packed `mask` has no ranges and is refused.
     """
     require(problem.mask is None, "a problem with a packed mask has no visible range", "mask")
     q_len, kv_len = lengths(problem, batch_row)

@@ -26,8 +26,10 @@ def write_report(folder: RunFolder) -> None:
 def spending_plot(curve: dict[str, Any], privacy: dict[str, Any]) -> str:
     """Epsilon against steps, one line for each accountant, as SVG."""
     figure, axes = _figure()
-    for name, values in curve["by_accountant"].items():
-        axes.plot(curve["steps"], [float(v) for v in values], marker=".", label=name.upper())
+    dashes = ("-", "--", ":", "-.")  # two accountants often agree to the width of a line
+    for index, (name, values) in enumerate(curve["by_accountant"].items()):
+        style = dashes[index % len(dashes)]
+        axes.plot(curve["steps"], [float(v) for v in values], marker=".", linestyle=style, label=name.upper())
     axes.axhline(privacy["epsilon"], color="0.5", linewidth=0.8, linestyle=":")
     axes.set(xlabel="steps", ylabel=f"epsilon at delta = {privacy['delta']:g}", ylim=(0, None), xlim=(0, None))
     axes.legend(frameon=False)
@@ -42,7 +44,7 @@ def accuracy_plot(metrics: dict[str, Any]) -> str:
     for position, (_, value, interval) in enumerate(reversed(rows)):
         colour = "#2a6f97" if interval else "#b8c4cc"
         axes.barh(position, value, color=colour, height=0.6)
-        axes.text(value + 0.01, position, f"{value:.1%}", va="center", fontsize=9)
+        axes.text((interval[1] if interval else value) + 0.01, position, f"{value:.1%}", va="center", fontsize=9)
         if interval:
             axes.plot(interval, [position, position], color="black", linewidth=1.5)
     axes.set_yticks(range(len(rows)), [name for name, *_ in reversed(rows)])

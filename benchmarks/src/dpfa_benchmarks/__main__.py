@@ -1,0 +1,141 @@
+"""``python -m dpfa_benchmarks``: list, run, plot."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from dpfa_benchmarks import record as records
+from dpfa_benchmarks.case import GateFailed
+from dpfa_benchmarks.record import Quantiles, Record
+
+DONE, FAILED, BAD_INPUT = 0, 1, 2
+answers, messages = Console(), Console(stderr=True)
+
+
+def main(arguments: list[str]) -> int:
+    """Exit codes: 0 done, 1 the gate failed and nothing was measured, 2 bad input."""
+    parser = argparse.ArgumentParser(prog="python -m dpfa_benchmarks", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("list", help="the cases and their parameters")
+    run = commands.add_parser("run", help="gate, time and memory of one case")
+    run.add_argument("case", nargs="?", help="its name; without one, every case runs")
+    run.add_argument("--repeats", type=int, default=20, help="rounds in which every contender takes one step")
+    run.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a parameter of the case")
+    run.add_argument("--toy", action="store_true", help="the case at a size that takes seconds; no record")
+    run.add_argument("--threads", type=int, help="torch threads; default: torch's own choice")
+    run.add_argument("--record", type=Path, metavar="FILE", help="append the run to this file")
+    run.add_argument("--json", action="store_true", help="print each record as one JSON object")
+    plot = commands.add_parser("plot", help="pictures and tables of the newest records, for the docs")
+    plot.add_argument("--records", type=Path, default=Path("benchmarks/records"))
+    plot.add_argument("--out", type=Path, default=Path("docs/benchmarks"))
+    options = parser.parse_args(arguments)
+    try:
+        if options.command == "list":
+            return _list()
+        if options.command == "plot":
+            return _plot(options.records, options.out)
+        return _run(options, arguments)
+    except GateFailed as error:
+        messages.print(str(error), style="red", markup=False)
+        return FAILED
+    except (ValueError, OSError) as error:
+        messages.print(str(error), style="red", markup=False)
+        return BAD_INPUT
+
+
+def _list() -> int:
+    from dpfa_benchmarks.cases import CASES
+
+    table = Table("case", "one step", "parameters", box=None, header_style="bold")
+    for case in CASES.values():
+        table.add_row(case.name, case.step, " ".join(f"{key}={value}" for key, value in case.defaults.items()))
+    answers.print(table)
+    return DONE
+
+
+def _run(options: argparse.Namespace, arguments: list[str]) -> int:
+    import torch
+
+    from dpfa_benchmarks.cases import CASES
+    from dpfa_benchmarks.runner import run
+
+    if options.case is not None and options.case not in CASES:
+        raise ValueError(f"the case must be one of {', '.join(CASES)}, got {options.case!r}.")
+    if options.case is None and options.set:
+        raise ValueError("--set changes the parameters of one case; name it.")
+    if options.repeats < 1 or (options.threads is not None and options.threads < 1):
+        raise ValueError("--repeats and --threads must be at least 1.")
+    if options.toy and options.record:
+        raise ValueError("a toy run is not recorded; leave out --toy or --record.")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    command = shlex.join(["python", "-m", "dpfa_benchmarks", *arguments])
+    for case in CASES.values() if options.case is None else (CASES[options.case],):
+        changes = {**(case.toy if options.toy else {}), **dict(_assignment(text) for text in options.set)}
+        columns = (TextColumn(f"{case.name} {{task.description}}"), BarColumn(), TaskProgressColumn())
+        with Progress(*columns, TimeRemainingColumn(), console=messages) as bar:
+            tasks = {stage: bar.add_task(stage, total=None) for stage in ("checking", "timing", "memory")}
+
+            def show(stage: str, done: int, total: int, bar: Progress = bar, tasks: Any = tasks) -> None:
+                bar.update(tasks[stage], completed=done, total=total)
+
+            found = run(case, changes, repeats=options.repeats, command=command, progress=show)
+        if options.record:
+            records.append(options.record, found)
+        if options.json:
+            sys.stdout.write(json.dumps(found.to_json(), sort_keys=True, allow_nan=False) + "\n")
+        else:
+            _show(found)
+    return DONE
+
+
+def _plot(folder: Path, out: Path) -> int:
+    from dpfa_benchmarks.plot import newest, write
+
+    for path in write(newest(folder), out):
+        answers.print(str(path))
+    return DONE
+
+
+def _assignment(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"--set needs NAME=VALUE, got {text!r}.")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+def _show(found: Record) -> None:
+    table = Table("contender", "ms per step (p20 p50 p80)", "ours / it", "peak memory", "error", box=None)
+    for result in found.results:
+        if result.seconds is None:
+            table.add_row(result.name, result.unavailable)
+            continue
+        ratio = found.ratios.get(result.name)
+        table.add_row(
+            result.name,
+            _three(result.seconds, 1e3),
+            _three(ratio) if ratio else "",
+            f"{(result.peak_memory_bytes or 0) / 2**20:.0f} MiB",
+            "" if result.error is None else f"{result.error:.1e}",
+        )
+    answers.print(table)
+
+
+def _three(values: Quantiles, scale: float = 1.0) -> str:
+    return " ".join(f"{value * scale:.3g}" for value in (values.p20, values.p50, values.p80))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,120 @@
+"""Pictures and tables of the newest records: the only source of numbers for the docs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+
+from dpfa_benchmarks.record import Record, Result, read
+
+OURS, OTHERS = "#2a6f97", "#b8c4cc"
+
+
+def newest(folder: Path) -> list[Record]:
+    """The newest record of each case and set of parameters, in the order of their names.
+
+    Raises: ValueError if there is none.
+    """
+    latest: dict[str, Record] = {}
+    for path in sorted(folder.glob("*.jsonl")):
+        for record in read(path):
+            key = json.dumps([record.case, record.parameters], sort_keys=True)
+            if key not in latest or record.time >= latest[key].time:
+                latest[key] = record
+    if not latest:
+        raise ValueError(f"expected at least one record in {str(folder)!r}, got none; run a case with --record.")
+    return [latest[key] for key in sorted(latest)]
+
+
+def write(records: Iterable[Record], out: Path) -> list[Path]:
+    """One SVG and one Markdown table for each record; returns the files written."""
+    out.mkdir(parents=True, exist_ok=True)
+    written, tables = [], []
+    for record in records:
+        path = out / f"{slug(record)}.svg"
+        with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "dpfa", "font.size": 10}):
+            picture(record).savefig(path, format="svg", metadata={"Date": None})
+        written.append(path)
+        tables.append(table(record))
+    page = out / "tables.md"
+    page.write_text("\n".join(tables), encoding="utf-8")
+    return [*written, page]
+
+
+def slug(record: Record) -> str:
+    """The record's file name: its case and those parameters that are words."""
+    words = [value for value in record.parameters.values() if isinstance(value, str)]
+    return "-".join([record.case, *words])
+
+
+def picture(record: Record) -> Figure:
+    """Median time per step (line: 20th to 80th percentile) and peak memory of every contender that ran."""
+    ran = [result for result in record.results if result.seconds is not None][::-1]
+    figure = Figure(figsize=(7.6, 0.9 + 0.42 * len(ran)), layout="constrained")
+    times, memories = figure.subplots(1, 2, sharey=True)
+    for row, result in enumerate(ran):
+        colour = OURS if result.name == record.ours else OTHERS
+        assert result.seconds is not None  # noqa: S101  (filtered above)
+        milliseconds = [value * 1e3 for value in (result.seconds.p20, result.seconds.p50, result.seconds.p80)]
+        times.barh(row, milliseconds[1], color=colour, height=0.6)
+        times.plot([milliseconds[0], milliseconds[2]], [row, row], color="black", linewidth=1.5)
+        memories.barh(row, (result.peak_memory_bytes or 0) / 2**20, color=colour, height=0.6)
+    times.set_yticks(range(len(ran)), [result.name for result in ran])
+    times.set(xlabel="ms per step", xlim=(0, None))
+    memories.set(xlabel="peak memory above baseline, MiB", xlim=(0, None))
+    for axes in (times, memories):
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def table(record: Record) -> str:
+    """The record in Markdown: numbers, machine, versions and the command that made them."""
+    rows = [_row(record, result) for result in record.results]
+    machine = record.machine
+    commit = "no commit" if record.commit is None else record.commit[:12] + (" (modified)" if record.dirty else "")
+    packages = ", ".join(f"{name} {version}" for name, version in record.versions.items())
+    parameters = ", ".join(f"{name}={value}" for name, value in record.parameters.items())
+    return "\n".join(
+        [
+            f"### {slug(record)}",
+            "",
+            f"![{slug(record)}: time and memory](benchmarks/{slug(record)}.svg)",
+            "",
+            "| contender | ms (p20, **p50**, p80) | ours / it (p20, **p50**, p80) | peak memory | error |",
+            "|---|---|---|---|---|",
+            *rows,
+            "",
+            f"One repetition: {record.step}; {record.repeats} rounds, {record.threads} threads. {parameters}.",
+            "",
+            f"Machine: {machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB, {machine['os']}, "
+            f"load average at the start {machine['load_average_1min']}. {record.time}, {commit}. {packages}.",
+            "",
+            "```console",
+            f"$ {record.command}",
+            "```",
+            "",
+        ]
+    )
+
+
+def _row(record: Record, result: Result) -> str:
+    name = f"**{result.name}**" if result.name == record.ours else result.name
+    if result.seconds is None:
+        return f"| {name}: {result.what} | {result.unavailable} | | | |"
+    time = ", ".join(
+        text.format(value * 1e3)
+        for text, value in zip(
+            ("{:.1f}", "**{:.1f}**", "{:.1f}"),
+            (result.seconds.p20, result.seconds.p50, result.seconds.p80),
+            strict=True,
+        )
+    )
+    ratio = record.ratios.get(result.name)
+    against = f"{ratio.p20:.2f}, **{ratio.p50:.2f}**, {ratio.p80:.2f}" if ratio else ""
+    memory = f"{(result.peak_memory_bytes or 0) / 2**20:.0f} MiB"
+    error = "" if result.error is None else f"{result.error:.1e}"
+    return f"| {name}: {result.what} | {time} | {against} | {memory} | {error} |"

@@ -1,0 +1,40 @@
+"""Docs take their numbers from the newest record, with command and machine beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dpfa_benchmarks import plot
+from dpfa_benchmarks.record import Record, append
+
+MakeRecord = Callable[..., Record]
+
+
+def test_the_newest_record_of_each_setting_is_shown(tmp_path: Path, a_record: MakeRecord) -> None:
+    old, new = a_record(), replace(a_record(), time="2026-02-01T00:00:00+00:00", command="newer")
+    other = replace(a_record(), parameters={"batch": 8})
+    for record in (new, old, other):
+        append(tmp_path / "case.jsonl", record)
+    assert plot.newest(tmp_path) == [new, other]
+
+
+def test_picture_and_table_carry_command_machine_and_reasons(tmp_path: Path, a_record: MakeRecord) -> None:
+    files = plot.write([a_record()], tmp_path / "out")
+    assert {path.name for path in files} == {"case.svg", "tables.md"}
+    text = (tmp_path / "out" / "tables.md").read_text()
+    for part in ("python -m dpfa_benchmarks run case", "2 cores", "not installed", "torch 1", "no commit"):
+        assert part in text
+
+
+def test_the_same_record_gives_the_same_picture(tmp_path: Path, a_record: MakeRecord) -> None:
+    one, two = (plot.write([a_record()], tmp_path / name)[0].read_bytes() for name in "ab")
+    assert one == two
+
+
+def test_no_record_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--record"):
+        plot.newest(tmp_path)

@@ -1,0 +1,1 @@
+"""A mechanism that depends on dpfa-core alone."""
