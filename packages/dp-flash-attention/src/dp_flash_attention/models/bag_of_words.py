@@ -25,6 +25,6 @@ class BagOfWords(nn.Module):
 
     def forward(self, words: Tensor) -> Tensor:
         """Logits (B, classes) of word numbers (B, length), int64."""
-        ones = torch.ones(words.shape, device=words.device)
-        counts = torch.zeros(len(words), self.buckets + 1, device=words.device).scatter_add_(1, words, ones)[:, 1:]
+        ones = self.head.weight.new_ones(words.shape)
+        counts = ones.new_zeros(len(words), self.buckets + 1).scatter_add_(1, words, ones)[:, 1:]
         return self.head(counts / counts.norm(dim=1, keepdim=True).clamp_min(1))  # type: ignore[no-any-return]
