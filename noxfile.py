@@ -31,6 +31,9 @@ nox.options.default_venv_backend = "virtualenv"
 nox.options.reuse_venv = "yes"
 nox.options.sessions = ["tests", "lint", "light", "docs", "build", "pip_check"]
 
+# OpenMP threads that spin while they wait stand in each other's way wherever anything else runs.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 ROOT = Path(__file__).resolve().parent
 PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 TORCH = os.environ.get("DPFA_TORCH") or "torch==2.13.0"

@@ -47,7 +47,8 @@ class PldAccountant(ComposingAccountant):
 
     def _epsilon(self, releases: Releases, delta: float) -> float:
         left = delta_left(delta, releases, "PLD")
-        return float(self._composed(releases).get_epsilon_for_delta(left))
+        # above the rounding of the library's sums, measured at 3e-12 on ten Gaussians
+        return float(self._composed(releases).get_epsilon_for_delta(left)) * (1.0 + 2.0**-36)
 
     def _delta(self, releases: Releases, epsilon: float) -> float:
         found = float(self._composed(releases).get_delta_for_epsilon(epsilon))

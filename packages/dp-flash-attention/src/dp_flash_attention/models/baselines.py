@@ -42,7 +42,7 @@ def correct_predictions(module: nn.Module, inputs: Tensor, labels: Tensor) -> in
 def majority_accuracy(task: Task) -> float:
     """Test accuracy of always naming the class that is most frequent in training; not private."""
     frequent = int(task.train.labels.bincount(minlength=len(task.classes)).argmax())
-    return float((task.test.labels == frequent).float().mean())
+    return float((task.test.labels == frequent).double().mean())
 
 
 def fine_tune_without_privacy(
