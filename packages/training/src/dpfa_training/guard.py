@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from dpfa_core.errors import NotPrivateError
 
-if TYPE_CHECKING:
-    from dpfa_training.engine import Engine
+
+class Watcher(Protocol):
+    """What decides over a step: the engine of the parameters."""
+
+    def before_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...]) -> None:
+        """Raises where the step must not happen."""
+        ...
+
 
 _ATTRIBUTE = "_dpfa_engine"
 _installed = False
 
 
-def watch(engine: Engine, parameters: Iterable[torch.Tensor]) -> None:
+def watch(engine: Watcher, parameters: Iterable[torch.Tensor]) -> None:
     """Bind `parameters` to `engine`; every step of every optimiser that holds one asks it first."""
     global _installed
     parameters = list(parameters)
@@ -38,7 +44,7 @@ def release(parameters: Iterable[torch.Tensor]) -> None:
             delattr(parameter, _ATTRIBUTE)
 
 
-def engine_of_parameter(parameter: torch.Tensor) -> Engine | None:
+def engine_of_parameter(parameter: torch.Tensor) -> Watcher | None:
     """The engine that `parameter` is bound to, or None."""
     reference = getattr(parameter, _ATTRIBUTE, None)
     return None if reference is None else reference()

@@ -179,7 +179,7 @@ def engine_of(module: nn.Module) -> Engine:
     """
     for parameter in module.parameters():
         engine = engine_of_parameter(parameter)
-        if engine is not None:
+        if isinstance(engine, Engine):
             return engine
     raise PrivacyParameterError(
         f"expected a module that make_private has returned, got a plain {type(module).__name__}; "
