@@ -39,8 +39,9 @@ PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 TORCH = os.environ.get("DPFA_TORCH") or "torch==2.13.0"
 LIGHT = ("core", "mechanisms", "accounting")
 BUILD_TOOLS = ("hatchling>=1.26", "editables>=0.5")
-LINTERS = ("ruff~=0.17.5", "mypy~=2.4", "import-linter~=2.16", "numpy>=1.26")
-DOCS = ("mkdocs<2", "mkdocs-material>=9.7", "mkdocstrings[python]>=0.30")
+RUFF = "ruff~=0.17.5"
+LINTERS = (RUFF, "mypy~=2.4", "import-linter~=2.16", "numpy>=1.26")
+DOCS = ("mkdocs<2", "mkdocs-material>=9.7", "mkdocstrings[python]>=0.30", RUFF)  # ruff formats the signatures
 
 
 class Room(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -38,3 +39,21 @@ def test_the_same_record_gives_the_same_picture(tmp_path: Path, a_record: MakeRe
 def test_no_record_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--record"):
         plot.newest(tmp_path)
+
+
+def test_the_main_jobs_accuracy_is_shown_with_its_command_and_epsilon_rounded_up(
+    tmp_path: Path, a_record: MakeRecord
+) -> None:
+    record = a_record()
+    append(tmp_path / "case.jsonl", record)
+    run = {"seed": 0, "test_accuracy": 0.9, "baseline_nonprivate": 0.95, "baseline_majority": 0.1}
+    run |= {"epsilon": 2.99991, "delta": 1e-4, "seconds": 60.0}
+    found = {"command": "python -m dpfa_benchmarks.utility", "runs": [run], "mean": 0.9, "lowest": 0.9, "highest": 0.9}
+    found |= {"standard_error": None, "threads": "1", "time": record.time, "commit": None, "dirty": None}
+    found |= {"machine": record.machine, "versions": record.versions}
+    (tmp_path / "utility").mkdir()
+    (tmp_path / "utility" / "job.jsonl").write_text(json.dumps(found) + "\n")
+    plot.write_page(tmp_path, tmp_path / "out")
+    text = (tmp_path / "out" / "tables.md").read_text()
+    assert text.index("$ python -m dpfa_benchmarks.utility") < text.index(record.command)
+    assert "| 0 | 90.0% | 95.0% | 10.0% | 3.0000 at 0.0001 | 60 |" in text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -19,6 +20,9 @@ from dpfa_benchmarks.record import Quantiles, Record
 
 DONE, FAILED, BAD_INPUT = 0, 1, 2
 answers, messages = Console(), Console(stderr=True)
+
+# As `dpfa` does, before torch loads: waiting threads that spin would measure who else is on the machine.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def main(arguments: list[str]) -> int:
@@ -99,9 +103,9 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
 
 
 def _plot(folder: Path, out: Path) -> int:
-    from dpfa_benchmarks.plot import newest, write
+    from dpfa_benchmarks.plot import write_page
 
-    for path in write(newest(folder), out):
+    for path in write_page(folder, out):
         answers.print(str(path))
     return DONE
 

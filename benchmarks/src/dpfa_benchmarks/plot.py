@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
@@ -15,7 +17,7 @@ OURS, OTHERS = "#2a6f97", "#b8c4cc"
 
 
 def newest(folder: Path) -> list[Record]:
-    """The newest record of each case and set of parameters, in the order of their names.
+    """The newest record of each case and set of parameters, in the order of their first appearance.
 
     Raises: ValueError if there is none.
     """
@@ -27,13 +29,23 @@ def newest(folder: Path) -> list[Record]:
                 latest[key] = record
     if not latest:
         raise ValueError(f"expected at least one record in {str(folder)!r}, got none; run a case with --record.")
-    return [latest[key] for key in sorted(latest)]
+    return list(latest.values())
 
 
-def write(records: Iterable[Record], out: Path) -> list[Path]:
-    """One SVG and one Markdown table for each record; returns the files written."""
+def write_page(folder: Path, out: Path) -> list[Path]:
+    """Pictures and tables of all newest records under `folder`; returns the files written."""
+    files = sorted((folder / "utility").glob("*.jsonl"))
+    lines = [line for path in files for line in path.read_text(encoding="utf-8").splitlines() if line]
+    latest: dict[str, dict[str, Any]] = {}
+    for found in map(json.loads, lines):
+        latest[found["command"]] = found
+    return write(newest(folder), out, [utility_table(found) for found in latest.values()])
+
+
+def write(records: Iterable[Record], out: Path, tables: Iterable[str] = ()) -> list[Path]:
+    """One SVG and one Markdown table for each record, below `tables`; returns the files written."""
     out.mkdir(parents=True, exist_ok=True)
-    written, tables = [], []
+    written, tables = [], list(tables)
     for record in records:
         path = out / f"{slug(record)}.svg"
         with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "dpfa", "font.size": 10}):
@@ -74,9 +86,6 @@ def picture(record: Record) -> Figure:
 def table(record: Record) -> str:
     """The record in Markdown: numbers, machine, versions and the command that made them."""
     rows = [_row(record, result) for result in record.results]
-    machine = record.machine
-    commit = "no commit" if record.commit is None else record.commit[:12] + (" (modified)" if record.dirty else "")
-    packages = ", ".join(f"{name} {version}" for name, version in record.versions.items())
     parameters = ", ".join(f"{name}={value}" for name, value in record.parameters.items())
     return "\n".join(
         [
@@ -88,16 +97,59 @@ def table(record: Record) -> str:
             "|---|---|---|---|---|",
             *rows,
             "",
-            f"One repetition: {record.step}; {record.repeats} rounds, {record.threads} threads. {parameters}.",
+            f"One repetition: {record.step}; {record.repeats} rounds; threads: {record.threads}; {parameters}.",
             "",
-            f"Machine: {machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB, {machine['os']}, "
-            f"load average at the start {machine['load_average_1min']}. {record.time}, {commit}. {packages}.",
+            _where(record.machine, record.time, record.commit, record.dirty, record.versions),
             "",
             "```console",
             f"$ {record.command}",
             "```",
             "",
         ]
+    )
+
+
+def utility_table(found: dict[str, Any]) -> str:
+    """A record of ``dpfa_benchmarks.utility`` in Markdown."""
+    error = found["standard_error"]
+    mean = f"{found['mean']:.1%}" + ("" if error is None else f" (standard error {error:.1%})")
+    rows = [
+        f"| {run['seed']} | {run['test_accuracy']:.1%} | {run['baseline_nonprivate']:.1%} | "
+        f"{run['baseline_majority']:.1%} | {_up(run['epsilon'])} at {run['delta']:g} | {run['seconds']:.0f} |"
+        for run in found["runs"]
+    ]
+    return "\n".join(
+        [
+            "### Accuracy of the main job",
+            "",
+            f"Mean over {len(rows)} seeds: **{mean}**, from {found['lowest']:.1%} to {found['highest']:.1%}.",
+            "",
+            "| seed | test accuracy | not private | majority class | ε at δ | seconds |",
+            "|---|---|---|---|---|---|",
+            *rows,
+            "",
+            f"Threads: {found['threads']}. "
+            + _where(found["machine"], found["time"], found["commit"], found["dirty"], found["versions"]),
+            "",
+            "```console",
+            f"$ {found['command']}",
+            "```",
+            "",
+        ]
+    )
+
+
+def _up(value: float) -> str:
+    """Four decimals, never below the value."""
+    return f"{math.ceil(value * 1e4) / 1e4:.4f}"
+
+
+def _where(machine: dict[str, Any], time: str, commit: str | None, dirty: bool | None, versions: dict[str, str]) -> str:
+    source = "no commit" if commit is None else f"commit {commit[:12]}" + (" (modified)" if dirty else "")
+    packages = ", ".join(f"{name} {version}" for name, version in versions.items())
+    return (
+        f"Machine: {machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB, {machine['os']}, load "
+        f"average at the start {machine['load_average_1min']:.1f}. {time}, {source}. {packages}."
     )
 
 

@@ -11,11 +11,12 @@ from typing import Any
 
 import psutil
 
+from dpfa_benchmarks import __version__
+
 OURS = (
     "dp-flash-attention",
     "dpfa-accounting",
     "dpfa-attention",
-    "dpfa-benchmarks",
     "dpfa-core",
     "dpfa-kernels-torch",
     "dpfa-mechanisms",
@@ -24,20 +25,21 @@ OURS = (
 
 
 def machine() -> dict[str, Any]:
-    """CPU model, cores, memory, operating system, and how busy the machine was."""
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    """CPU model, cores, memory, operating system, how busy it was, and how waiting threads wait."""
+    load = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
     return {
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "os": f"{platform.system()} {platform.release()} {platform.machine()}",
         "load_average_1min": load,
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "not set"),
     }
 
 
 def versions(peers: tuple[str, ...]) -> dict[str, str]:
     """Python, torch, our packages and the peers; "not installed" where they are not."""
-    found = {"python": platform.python_version()}
+    found = {"python": platform.python_version(), "dpfa-benchmarks": __version__}
     for name in ("torch", *OURS, *peers):
         try:
             found[name] = metadata.version(name)
@@ -52,7 +54,7 @@ def commit() -> tuple[str | None, bool | None]:
     if head is None:
         return None, None
     # Records are written by the runs themselves: a new line there does not make the code dirty.
-    changes = _git("status", "--porcelain", "--", ".", ":(exclude)*.jsonl")
+    changes = _git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)*.jsonl")
     return head, None if changes is None else bool(changes)
 
 

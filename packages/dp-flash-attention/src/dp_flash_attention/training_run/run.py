@@ -112,6 +112,11 @@ def _finish(
             f"delta = {delta:g} is not below 1 / {len(task.train)} records: a mechanism that publishes one record "
             "in full would pass. Choose a smaller --delta."
         )
+    if task.kind == "image" and not start.sources:
+        screen.warn(
+            "This vision transformer starts from scratch, without public pre-training: with a few thousand images "
+            "noise leaves it near the majority class. Compare the baselines in the table."
+        )
     module = copy.deepcopy(start.module)
     prices = curve(plan, steps, delta)
     with Ledger.open(

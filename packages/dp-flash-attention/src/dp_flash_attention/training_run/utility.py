@@ -16,6 +16,7 @@ from dp_flash_attention.models.baselines import (
     fine_tune_without_privacy,
     majority_accuracy,
 )
+from dp_flash_attention.training_run.averaging import Average
 from dp_flash_attention.training_run.progress import Report, Screen
 from dp_flash_attention.training_run.settings import Settings
 from dpfa_training import engine_of, make_private_with_epsilon
@@ -82,10 +83,12 @@ def _bag_of_words(task: Task, settings: Settings, progress: Report) -> float:
         max_grad_norm=recipe.max_grad_norm,
         seed=settings.seed,
     )
-    steps = recipe.epochs * len(loader)
+    steps, average = recipe.epochs * len(loader), Average(module, recipe.average_decay)
     for step, (words, labels) in enumerate(loader.draws(steps), start=1):
         F.cross_entropy(module(words), labels).backward()
         optimizer.step()
+        average.update(module)
         progress(step, steps)
     engine_of(module).detach()
+    average.store(module)
     return correct_predictions(module, start.encode(task.test), task.test.labels) / len(task.test)
