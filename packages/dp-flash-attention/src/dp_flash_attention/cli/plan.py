@@ -8,7 +8,8 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from dp_flash_attention.cli.output import answers, number, print_json
+from dp_flash_attention.cli.output import answers, print_json
+from dp_flash_attention.numbers import number
 
 app = typer.Typer(help="What noise a promise needs; no data and no tensor is touched.", no_args_is_help=True)
 

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from dp_flash_attention.cli.output import answers, errors, number, print_json
+from dp_flash_attention.cli.output import answers, errors, print_json
+from dp_flash_attention.numbers import number
 
 INTERRUPTED = 130
 

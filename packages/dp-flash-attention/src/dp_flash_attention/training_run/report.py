@@ -7,6 +7,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, select_autoescape
 
+from dp_flash_attention.numbers import number
 from dp_flash_attention.training_run.run_folder import METRICS, PRIVACY, REPORT, RunFolder, write_whole
 
 
@@ -14,6 +15,7 @@ def write_report(folder: RunFolder) -> None:
     """Draw the report of a finished run; needs nothing but the two files."""
     privacy, metrics = folder.read_json(PRIVACY), folder.read_json(METRICS)
     pages = Environment(loader=PackageLoader("dp_flash_attention"), autoescape=select_autoescape())
+    pages.filters["rounded_up"] = lambda value: number(float(value), digits=6)
     page = pages.get_template("report.html").render(
         privacy=privacy,
         metrics=metrics,

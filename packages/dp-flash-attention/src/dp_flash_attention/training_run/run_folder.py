@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from dp_flash_attention.cli.output import strict
+from dp_flash_attention.numbers import strict
 from dpfa_core.errors import PrivacyParameterError
 
 WEIGHTS, PRIVACY, METRICS, REPORT = "model.safetensors", "privacy.json", "metrics.json", "report.html"

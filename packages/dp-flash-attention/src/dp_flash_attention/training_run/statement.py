@@ -7,6 +7,7 @@ from importlib import metadata
 from typing import Any
 
 from dp_flash_attention.data.task import Source
+from dp_flash_attention.numbers import number
 from dpfa_core.ledger import Ledger
 from dpfa_core.spending import Spending, spending
 from dpfa_training import NOT_COVERED, TrainingPlan
@@ -62,7 +63,7 @@ class Statement:
         plan = self.plan
         return (
             f"Whoever sees these weights learns almost the same whether or not any one {self.unit} was in the "
-            f"training data: epsilon = {self.spent.epsilon:.4g} at delta = {self.spent.delta:g}, for adding or "
+            f"training data: epsilon = {number(self.spent.epsilon)} at delta = {self.spent.delta:g}, for adding or "
             f"removing one {self.unit}. {self.steps} steps were taken; each drew every one of the "
             f"{plan.population} records with probability {plan.sampling_probability:.4g}, clipped each "
             f"record's gradient to {plan.max_grad_norm:g} and added Gaussian noise of {plan.noise_multiplier:.4g} "
