@@ -23,6 +23,7 @@ from typing import NamedTuple
 import nox
 from nox.project import load_toml
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 if sys.version_info < (3, 11):  # noqa: UP036 (pip looks at no version here: nox runs from any Python)
     sys.exit(f"Python 3.11 or newer is needed, got {sys.version.split()[0]}: make .venv-nox with a newer one.")
@@ -153,8 +154,8 @@ def refuse_strangers(session: nox.Session, python: str) -> None:
     """
     listing = session.run(python, "-m", "pip", "inspect", "--local", silent=True, log=False, external=True)
     for found in json.loads(listing[listing.index("{") :])["installed"]:
-        name, url = found["metadata"]["name"], found.get("direct_url", {}).get("url", "")
-        if name in FOLDER and not url.startswith(ROOT.as_uri()):
+        name, url = canonicalize_name(found["metadata"]["name"]), found.get("direct_url", {}).get("url", "")
+        if name in FOLDER and not url.startswith(f"{ROOT.as_uri()}/"):
             session.error(f"{name} must come from {ROOT}, got {url or 'an index'}: delete .nox and report this")
 
 
@@ -165,6 +166,7 @@ def move_in(session: nox.Session, home: Path, rooms: Chosen) -> str:
     described = [(ROOMS[folder].path / "pyproject.toml").read_text() for folder in rooms]
     state = hashlib.sha256("\n".join([TORCH, *arguments, *described]).encode()).hexdigest()
     if not stamp.is_file() or stamp.read_text() != state:
+        stamp.unlink(missing_ok=True)
         pip_install(session, python, "--quiet", *BUILD_TOOLS, "pytest>=8")
         pip_install(session, python, "--quiet", "--no-build-isolation", *arguments)
         refuse_strangers(session, python)
