@@ -70,7 +70,8 @@ class AttentionProblem(Record):
     window: tuple[int, int] = (-1, -1)
     """Keys left and right of the diagonal, -1 is unlimited; aligned bottom-right."""
     mask: bytes | None = None
-    """Any other mask: row-major packed bits [q_len][kv_len], the same for the whole batch."""
+    """Any other mask, the same for the whole batch: row-major bits [q_len][kv_len], 1 = visible, the most
+    significant bit of each byte first (``numpy.packbits``). What causal, window or lengths hide stays hidden."""
     clip: Literal["value", "output"] = "value"
     clip_norm: float | None = None
     logit_bound: float | None = None

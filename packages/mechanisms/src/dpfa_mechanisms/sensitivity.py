@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from itertools import accumulate
 from typing import Literal
+
+import numpy as np
 
 from dpfa_core.errors import PrivacyParameterError
 from dpfa_core.spec import AttentionProblem, Norm, PrivacySpec, Reasons, Sensitivity
-from dpfa_core.visibility import lengths, visible_range
+from dpfa_core.visibility import lengths
 from dpfa_mechanisms.rounding import (
     accumulation,
     clipped_norm,
@@ -22,6 +23,7 @@ from dpfa_mechanisms.rounding import (
     output_norm,
     weight_error,
 )
+from dpfa_mechanisms.visible import Floats, Visible
 
 SUM_MARGIN = 1.0 + 2.0**-30
 """Covers the float64 sums of this module."""
@@ -59,8 +61,8 @@ def own_row_factor(visible_keys: int, logit_bound: float) -> float:
 def reasons_against(spec: PrivacySpec, problem: AttentionProblem, norm: Norm) -> Reasons:
     """Why this package has no proved bound for the release; empty means that it has one."""
     reasons = []
-    if norm not in ("l1", "l2"):
-        reasons.append(f"sensitivities are known in the norms l1 and l2, got {norm!r}.")
+    if norm not in ("l1", "l2", "whitened_l2"):
+        reasons.append(f"sensitivities are known in the norms l1, l2 and whitened_l2, got {norm!r}.")
     if spec.unit not in ("sequence", "token"):
         reasons.append(
             f'an attention release protects unit="sequence" or "token", got {spec.unit!r}; '
@@ -76,10 +78,6 @@ def reasons_against(spec: PrivacySpec, problem: AttentionProblem, norm: Norm) ->
             )
         if problem.logit_bound is None:
             reasons.append('unit="token" needs a logit_bound, got None; without one a single key can take all weight.')
-        if problem.mask is not None:
-            reasons.append(
-                'unit="token" has no bound for a packed mask; use causal, window or lengths, or unit="sequence".'
-            )
     return tuple(reasons)
 
 
@@ -87,7 +85,9 @@ def sensitivity(spec: PrivacySpec, problem: AttentionProblem, norm: Norm = "l2")
     """The largest distance between two releases whose inputs differ in one record.
 
     Guarantee: tested (records replaced by brute force never exceed it; extremal ones reach it).
-    Args: `norm` is the one the mechanism clips in, "l1" or "l2".
+    Args: `norm` is the one the mechanism clips in. In "whitened_l2" rows are measured after the mechanism's
+    whitening; the margin for floating point is then the one of unit scales, and a mechanism whose whitening
+    stretches some directions more than others adds what that does to rounding errors.
     Returns: value and rows in output units, with the margin for floating point; `naive` is what holds
     without looking at the softmax.
     Raises: PrivacyParameterError with every reason against.
@@ -123,7 +123,16 @@ def _sequence(problem: AttentionProblem, norm: Norm, moves: float) -> Sensitivit
 
 
 @lru_cache(maxsize=32)
-def _token(problem: AttentionProblem, norm: Norm, queries: Literal["public", "private"]) -> Sensitivity:
+def row_bounds(
+    problem: AttentionProblem, norm: Norm, queries: Literal["public", "private"]
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """How far one token moves one row of one head, indexed by the number n of keys that the row sees.
+
+    Guarantee: tested, with the margin for floating point.
+    Returns: (a row that sees the token's key, the token's own row), each of length kv_len + 1 and in output
+    units. With public queries the own row is like any other.
+    Source: PRIVACY P3.
+    """
     bound = math.inf if problem.logit_bound is None else problem.logit_bound
     effective = bound + exponent_error(bound) / 2
     weight, clip = weight_error(problem), 2.0 * clipped_norm(problem, norm)
@@ -137,36 +146,54 @@ def _token(problem: AttentionProblem, norm: Norm, queries: Literal["public", "pr
         grown = (own_row_factor(n, effective) + 2.0 * weight) * (1.0 + 2.0 * weight)
         return min(whole_row, clip * (grown + accumulation(n))) if n else 0.0
 
-    others = [seen(n) for n in range(problem.kv_len + 1)]
-    itself = [own(n) for n in range(problem.kv_len + 1)] if queries == "private" else others
+    others = tuple(seen(n) for n in range(problem.kv_len + 1))
+    return others, tuple(own(n) for n in range(problem.kv_len + 1)) if queries == "private" else others
+
+
+def token_loads(visible: Visible, seen: Floats, own: Floats) -> tuple[Floats, Floats]:
+    """What each token adds up to, if row i costs ``seen[i]`` to a key it sees and ``own[i]`` to its own token.
+
+    Returns: (kv_len,) for the tokens that have a key, and (rows,) for those that are a query alone, because
+    their row lies before the first key.
+    """
+    key = visible.own_key
+    loads = visible.over_rows(seen)
+    here = key >= 0
+    np.add.at(loads, key[here], own[here] - np.where(visible.sees_itself, seen, 0.0)[here])
+    return loads, own[~here]
+
+
+def _token(problem: AttentionProblem, norm: Norm, queries: Literal["public", "private"]) -> Sensitivity:
+    seen, own = row_bounds(problem, norm, queries)
     power = 1 if norm == "l1" else 2
-    shapes = {lengths(problem, row): row for row in range(len(problem.lengths) or 1)}
-    total, worst = max(_heaviest_key(problem, row, others, itself, power) for row in shapes.values())
+    total, worst = heaviest_token(problem, np.array(seen) ** power, np.array(own) ** power)
+    whole_row = 2.0 * output_norm(problem, norm)
     return Sensitivity(
         norm=norm,
         value=(problem.q_heads * total) ** (1.0 / power) * SUM_MARGIN,
         naive=_whole(whole_row, _rows(problem), norm),
         item=f"P3.token.{queries}",
-        row_bound=tuple(row * SUM_MARGIN for row in itself),
-        worst_key=-worst,
+        row_bound=tuple(row * SUM_MARGIN for row in own),
+        worst_key=worst,
     )
 
 
-def _heaviest_key(
-    problem: AttentionProblem, batch_row: int, others: list[float], itself: list[float], power: int
-) -> tuple[float, int]:
-    """The largest sum over rows, and minus the first key that has it."""
-    q_len, kv_len = lengths(problem, batch_row)
-    steps = [0.0] * (kv_len + 1)
-    own = [0.0] * (kv_len + 1)
-    for row in range(q_len):
-        start, stop = visible_range(problem, row, batch_row)
-        weight = others[stop - start] ** power
-        steps[start] += weight
-        steps[stop] -= weight
-        key = row + kv_len - q_len
-        # a row sees its own key under every causal mask and window
-        if 0 <= key < kv_len:
-            own[key] = itself[stop - start] ** power - weight
-    totals = [seen + extra for seen, extra in zip(accumulate(steps), own, strict=True)][:kv_len]
-    return max(((total, -key) for key, total in enumerate(totals)), default=(0.0, 0))
+def heaviest_token(problem: AttentionProblem, seen: Floats, own: Floats) -> tuple[float, int]:
+    """The largest load of one token over all batch rows, and the first key that has it (0 for a query alone).
+
+    Args: costs of one row of one head, indexed by the number of keys it sees: (kv_len + 1,).
+    """
+    best, worst = 0.0, 0
+    for batch_row in different_rows(problem):
+        visible = Visible.of(problem, batch_row)
+        loads, queries = token_loads(visible, seen[visible.counts], own[visible.counts])
+        if loads.size and loads.max() > best:
+            best, worst = float(loads.max()), int(loads.argmax())
+        if queries.size and queries.max() > best:
+            best, worst = float(queries.max()), 0
+    return best, worst
+
+
+def different_rows(problem: AttentionProblem) -> list[int]:
+    """One batch row of each pair of lengths: rows of equal lengths see alike."""
+    return sorted({lengths(problem, row): row for row in reversed(range(len(problem.lengths) or 1))}.values())
