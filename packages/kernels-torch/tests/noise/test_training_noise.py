@@ -10,6 +10,9 @@ import torch
 
 from dpfa_core.errors import PrivacyParameterError
 from dpfa_kernels_torch import KeySource, TorchBackend
+from dpfa_kernels_torch.noise.draw import pairs
+from dpfa_kernels_torch.noise.training_noise import add_training_noise_
+from dpfa_kernels_torch.noise.training_run import PIECE
 
 AT = {"parameter": 3, "step": 5}
 
@@ -26,13 +29,30 @@ def test_shards_get_slices_of_the_same_noise(
         assert torch.equal(shard, whole[start:stop])
 
 
-def test_chunks_do_not_change_the_noise(
-    monkeypatch: pytest.MonkeyPatch, backend: TorchBackend, training_key: Callable
+@pytest.mark.parametrize("generator", ["chacha20", "philox4x32-10"])
+def test_pieces_do_not_change_the_noise(
+    monkeypatch: pytest.MonkeyPatch, backend: TorchBackend, training_key: Callable, generator: str
 ) -> None:
-    whole = backend.add_noise_(torch.zeros(1001), 2.0, training_key(), **AT, first_element=3)
+    whole = backend.add_noise_(torch.zeros(1001), 2.0, training_key(generator), **AT, first_element=3)
     monkeypatch.setattr("dpfa_kernels_torch.noise.training_noise.CHUNK", 64)
-    again = backend.add_noise_(torch.zeros(1001), 2.0, training_key(), **AT, first_element=3)
+    monkeypatch.setattr("dpfa_kernels_torch.noise.training_run.PIECE", 64)
+    again = backend.add_noise_(torch.zeros(1001), 2.0, training_key(generator), **AT, first_element=3)
     assert torch.equal(whole, again)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("step", [0, 5, 2**32 + 9, 2**62])
+def test_the_fast_run_equals_the_counter_map(training_key: Callable, step: int, dtype: torch.dtype) -> None:
+    key = training_key("chacha20")
+    first, count = PIECE - 5, 2 * PIECE + 9  # odd ends in four pieces
+    fast = torch.zeros(count, dtype=dtype)
+    add_training_noise_(fast, 1.5, key, parameter=7, step=step, first_element=first)
+    element = torch.arange(first - first % 2, first + count + 1, 2)
+    fixed = {"parameter": torch.tensor([7]), "step": torch.tensor([step])}
+    truth = 1.5 * pairs(key, "gaussian", "bm64", fixed | {"element": element}, {}).flatten()
+    torch.testing.assert_close(
+        fast, truth[first % 2 :][:count].to(dtype), rtol=3e-7 if dtype == torch.float32 else 1e-14, atol=0
+    )
 
 
 def test_layout_in_memory_does_not_matter(backend: TorchBackend, training_key: Callable) -> None:

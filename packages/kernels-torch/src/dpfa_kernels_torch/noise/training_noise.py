@@ -8,6 +8,8 @@ from torch import Tensor
 from dpfa_core.checks import integer, non_negative, require
 from dpfa_core.contracts import NoiseKey
 from dpfa_kernels_torch.noise.draw import pairs
+from dpfa_kernels_torch.noise.layout import CHACHA_TRAINING_BM64
+from dpfa_kernels_torch.noise.training_run import add_run_
 
 CHUNK = 1 << 17
 """Noise values computed at a time: the float64 working set stays in the cache."""
@@ -49,6 +51,22 @@ def add_training_noise_(
     if std == 0:
         return grad
     flat = grad.detach().reshape(-1)
+    if key.generator == "chacha20" and device.type == "cpu":
+        for (name, bound), value in zip(
+            CHACHA_TRAINING_BM64.fields, (parameter, step, first_element + flat.numel() - 1), strict=True
+        ):
+            require(value < bound, f"the noise counter's {name} must be in [0, {bound})", value, "Use a new key.")
+        secret = key.words.numpy().astype("<u4").tobytes()
+        add_run_(flat, std, secret, parameter=parameter, step=step, first_element=first_element)
+    else:
+        _add_pairs_(flat, std, key, parameter, step, first_element)
+    if flat.data_ptr() != grad.data_ptr():
+        grad.detach().copy_(flat.view_as(grad))
+    return grad
+
+
+def _add_pairs_(flat: Tensor, std: float, key: NoiseKey, parameter: int, step: int, first_element: int) -> None:
+    device = flat.device
     fixed = {
         "parameter": torch.tensor([parameter], device=device),
         "step": torch.tensor([step], device=device),
@@ -60,7 +78,4 @@ def add_training_noise_(
         element = torch.arange(start, stop, 2, device=device)
         noise = pairs(key, "gaussian", "bm64", {**fixed, "element": element}, {}).flatten()
         begin = max(start, first_element)
-        flat[begin - first_element : stop - first_element] += (noise[begin - start : stop - start] * std).to(grad.dtype)
-    if flat.data_ptr() != grad.data_ptr():
-        grad.detach().copy_(flat.view_as(grad))
-    return grad
+        flat[begin - first_element : stop - first_element] += (noise[begin - start : stop - start] * std).to(flat.dtype)
