@@ -12,7 +12,6 @@ from dpfa_core.errors import PrivacyParameterError
 from dpfa_kernels_torch import KeySource, TorchBackend
 from dpfa_kernels_torch.noise.draw import pairs
 from dpfa_kernels_torch.noise.training_noise import add_training_noise_
-from dpfa_kernels_torch.noise.training_run import PIECE
 
 AT = {"parameter": 3, "step": 5}
 
@@ -42,9 +41,12 @@ def test_pieces_do_not_change_the_noise(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("step", [0, 5, 2**32 + 9, 2**62])
-def test_the_fast_run_equals_the_counter_map(training_key: Callable, step: int, dtype: torch.dtype) -> None:
-    key = training_key("chacha20")
-    first, count = PIECE - 5, 2 * PIECE + 9  # odd ends in four pieces
+def test_the_fast_run_equals_the_counter_map(
+    monkeypatch: pytest.MonkeyPatch, training_key: Callable, step: int, dtype: torch.dtype
+) -> None:
+    key, piece = training_key("chacha20"), 4096
+    monkeypatch.setattr("dpfa_kernels_torch.noise.training_run.PIECE", piece)
+    first, count = piece - 5, 2 * piece + 9  # odd ends in four pieces
     fast = torch.zeros(count, dtype=dtype)
     add_training_noise_(fast, 1.5, key, parameter=7, step=step, first_element=first)
     element = torch.arange(first - first % 2, first + count + 1, 2)
