@@ -182,7 +182,8 @@ class Backend(Protocol):
 
     A backend offers the methods of the operations it lists in ``ops``: "release" (``release`` and
     ``release_backward``), "privatize" (``privatize_``), "training" (``sqnorm``, ``clipped_grad``,
-    ``add_noise_``).
+    ``add_noise_``), and, where it can, "per_sample" (``per_sample_grad``,
+    ``add_clipped_grad_``).
     """
 
     contract_version: int
@@ -228,6 +229,14 @@ class Backend(Protocol):
         """The sum over samples of ``factors[i]`` times the gradient of sample i, in float32."""
         ...
 
+    def per_sample_grad(self, kind: str, saved: tuple[Any, ...], *, out: Tensor | None = None) -> Tensor:
+        """[B, *shape]: every sample's gradient, for blocks of samples small enough to hold it."""
+        ...
+
+    def add_clipped_grad_(self, total: Tensor, kind: str, saved: tuple[Any, ...], factors: Tensor) -> Tensor:
+        """``clipped_grad``, added to `total` in place."""
+        ...
+
     def add_noise_(
         self,
         grad: Tensor,
@@ -244,5 +253,6 @@ OPERATIONS: dict[str, tuple[str, ...]] = {
     "release": ("release", "release_backward"),
     "privatize": ("privatize_",),
     "training": ("sqnorm", "clipped_grad", "add_noise_"),
+    "per_sample": ("per_sample_grad", "add_clipped_grad_"),
 }
 """The methods a backend must have for each operation it lists."""

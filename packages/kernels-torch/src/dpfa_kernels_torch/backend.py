@@ -40,13 +40,13 @@ class TorchBackend:
 
     contract_version = 1
     name = "torch"
-    ops = frozenset({"release", "privatize", "training"})
+    ops = frozenset({"release", "privatize", "training", "per_sample"})
 
     def supports(self, op: str, problem: AttentionProblem | None, plan: NoisePlan | None) -> Reasons:
         """Reasons against running `op`, one sentence each."""
         if op not in self.ops:
             return (f"op must be one of {sorted(self.ops)}, got {op!r}.",)
-        if op == "training":
+        if op in ("training", "per_sample"):
             return ()
         if problem is None or plan is None:
             return (f"{op} needs a problem and a plan.",)
@@ -58,6 +58,7 @@ class TorchBackend:
         Args: transform: "bm32" or "bm64"; by default bm32 for releases, bm64 for training.
         """
         one_of("op", op, sorted(self.ops))
+        require(op != "per_sample", "op must be one that draws noise", op)
         purpose = "training" if op == "training" else "release"
         chosen = (purpose, generator, transform or ("bm64" if op == "training" else "bm32"))
         one_of("(purpose, generator, transform)", chosen, list(LAYOUTS))
@@ -185,23 +186,38 @@ class TorchBackend:
         Raises: PrivacyParameterError for another kind, factors or shapes that do not fit.
         Source: PRIVACY P7: factors multiply in float32 or better.
         """
-        rule = _rule(kind)
-        gradient = rule.gradient(saved)
-        batch = len(gradient)
-        require(factors.shape == (batch,), f"factors must have the shape ({batch},)", tuple(factors.shape))
-        used = factors != 0
-        require(
-            bool((torch.isfinite(factors) & (factors >= 0)).all()),
-            "clip factors must be finite and >= 0",
-            "another value",
-            "Give 0 to a sample whose norm is not finite.",
-        )
-        if not used.all():
-            saved = tuple(x[used] if isinstance(x, Tensor) else x for x in saved)
-            factors = factors[used]
+        rule, saved, factors = _weighted(kind, saved, factors)
         with plain_arithmetic(factors.device):
             grad = rule.clipped_grad(saved, factors)
-        return grad.to(torch.promote_types(gradient.dtype, torch.float32))
+        return grad.to(torch.promote_types(rule.gradient(saved).dtype, torch.float32))
+
+    def add_clipped_grad_(self, total: Tensor, kind: str, saved: tuple[Any, ...], factors: Tensor) -> Tensor:
+        """``clipped_grad`` added to `total` (its shape, float32 or float64), in place.
+
+        Guarantee: tested. Returns: `total`. Raises: as ``clipped_grad``.
+        """
+        rule, saved, factors = _weighted(kind, saved, factors)
+        with plain_arithmetic(factors.device):
+            if rule.add_clipped_grad_ is not None:
+                return rule.add_clipped_grad_(total, saved, factors)
+            return total.add_(rule.clipped_grad(saved, factors))
+
+    def per_sample_grad(self, kind: str, saved: tuple[Any, ...], *, out: Tensor | None = None) -> Tensor:
+        """Every sample's gradient, for layers where that costs less than a norm without it.
+
+        ``sqnorm("bare", ...)`` and ``clipped_grad("bare", ...)`` of the result are then exact: what is measured is
+        what is summed.
+
+        Guarantee: tested (against exact per-sample gradients).
+        Args: kind: "linear"; saved: as in ``sqnorm``; out: float32 memory to use, [B, *shape].
+        Returns: float32 (float64 for float64 inputs) [B, *shape]; `out` itself where it fits.
+        Raises: PrivacyParameterError for a kind that has no such form, or shapes that do not fit.
+        """
+        rule = _rule(kind)
+        if rule.per_sample is None:
+            raise PrivacyParameterError(f"per_sample_grad offers the kind 'linear', got {kind!r}; use sqnorm.")
+        with plain_arithmetic(rule.gradient(saved).device):
+            return rule.per_sample(saved, out)
 
     def add_noise_(
         self,
@@ -220,6 +236,24 @@ class TorchBackend:
         reasons = self.supports(op, problem, plan)
         if reasons:
             raise PrivacyParameterError(f"the torch backend cannot run {op!r} here: {' '.join(reasons)}")
+
+
+def _weighted(kind: str, saved: tuple[Any, ...], factors: Tensor) -> tuple[Rule, tuple[Any, ...], Tensor]:
+    """The rule, and what is left once the samples with factor 0 are taken out."""
+    rule = _rule(kind)
+    batch = len(rule.gradient(saved))
+    require(factors.shape == (batch,), f"factors must have the shape ({batch},)", tuple(factors.shape))
+    used = factors != 0
+    require(
+        bool((torch.isfinite(factors) & (factors >= 0)).all()),
+        "clip factors must be finite and >= 0",
+        "another value",
+        "Give 0 to a sample whose norm is not finite.",
+    )
+    if not used.all():
+        saved = tuple(x[used] if isinstance(x, Tensor) else x for x in saved)
+        factors = factors[used]
+    return rule, saved, factors
 
 
 def _against_problem(problem: AttentionProblem) -> Reasons:

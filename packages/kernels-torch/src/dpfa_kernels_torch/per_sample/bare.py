@@ -1,4 +1,4 @@
-"""A parameter that every sample uses once, as it is: saved = (its gradient in each sample [B, *shape],)."""
+"""A parameter whose gradient in each sample is there as a tensor: saved = (it [B, *shape],)."""
 
 from __future__ import annotations
 
@@ -7,12 +7,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpfa_kernels_torch.per_sample.token_sum import token_sum
+from dpfa_kernels_torch.per_sample.rule import Rule
+
+WIDEST = 1024
+"""Numbers whose squares are summed in float32; sums of such sums are float64."""
 
 
-def terms(saved: tuple[Any, ...], some: slice, dtype: torch.dtype) -> Tensor:
-    (g,) = saved
-    return g[some].to(dtype).unsqueeze(1)
+def sqnorm(saved: tuple[Any, ...], method: str) -> Tensor:
+    """The squares' sum from above: of the given numbers, which are exactly those that ``clipped_grad`` adds up."""
+    (gradient,) = saved
+    flat = gradient.unsqueeze(1).flatten(1)
+    if flat.dtype != torch.float32:
+        return flat.double().square().sum(1) * (1.0 + 2.0**-20)
+    width = flat.shape[1]
+    columns = next((n for n in range(min(width, WIDEST), 0, -1) if width % n == 0), 1)
+    if columns * columns < width and columns < 64:  # no useful divisor: a prime number of columns, say
+        return torch.linalg.vector_norm(flat, dim=1, dtype=torch.float64).square() * (1.0 + 2.0**-20)
+    norms = torch.linalg.vector_norm(flat.view(len(flat), width // columns, columns), dim=2).double()
+    # n roundings of a sum of n squares and one of the root; a square below the normal numbers may vanish
+    slack = (1.0 + (columns + 4) * 2.0**-23) * (1.0 + 2.0**-20)
+    return norms.square().sum(1) * slack + width * 2.0**-126
 
 
-RULE = token_sum(terms)
+def clipped_grad(saved: tuple[Any, ...], factors: Tensor) -> Tensor:
+    """sum_i factors[i] * gradient_i."""
+    (gradient,) = saved
+    dtype = torch.promote_types(gradient.dtype, torch.float32)
+    flat = gradient.unsqueeze(1).flatten(1).to(dtype)
+    return (factors.to(dtype) @ flat).view(gradient.shape[1:])
+
+
+RULE = Rule(sqnorm, clipped_grad, gradient=lambda saved: saved[0])

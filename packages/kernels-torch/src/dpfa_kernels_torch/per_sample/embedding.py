@@ -31,12 +31,17 @@ def sqnorm(saved: tuple[Any, ...], method: str) -> Tensor:
 
 def clipped_grad(saved: tuple[Any, ...], factors: Tensor) -> Tensor:
     """sum_i factors[i] * (gradient of sample i): [rows, d]."""
-    ids, g, rows, padding = _checked(saved)
-    dtype = torch.promote_types(g.dtype, torch.float32)
-    weights = torch.where(_counted(ids, padding), factors.to(dtype).unsqueeze(-1), 0.0)
-    grad = torch.zeros(rows, g.shape[2], dtype=dtype, device=g.device)
-    terms = g.to(dtype) * weights.unsqueeze(-1)
-    return grad.index_add_(0, ids.flatten(), terms.reshape(-1, g.shape[2]))
+    _, g, rows, _ = saved
+    grad = torch.zeros(rows, g.shape[2], dtype=torch.promote_types(g.dtype, torch.float32), device=g.device)
+    return add_clipped_grad_(grad, saved, factors)
+
+
+def add_clipped_grad_(total: Tensor, saved: tuple[Any, ...], factors: Tensor) -> Tensor:
+    """The same, added to `total`: touches the rows of the batch's tokens only."""
+    ids, g, _, padding = _checked(saved)
+    weights = torch.where(_counted(ids, padding), factors.to(total.dtype).unsqueeze(-1), 0.0)
+    terms = g.to(total.dtype) * weights.unsqueeze(-1)
+    return total.index_add_(0, ids.flatten(), terms.reshape(-1, g.shape[2]))
 
 
 def _counted(ids: Tensor, padding: int | None) -> Tensor:
@@ -62,4 +67,4 @@ def _checked(saved: tuple[Any, ...]) -> tuple[Tensor, Tensor, int, int | None]:
     return ids.long(), g, rows, padding
 
 
-RULE = Rule(sqnorm, clipped_grad, gradient=lambda saved: saved[1])
+RULE = Rule(sqnorm, clipped_grad, gradient=lambda saved: saved[1], add_clipped_grad_=add_clipped_grad_)

@@ -48,6 +48,15 @@ def clipped_grad(saved: tuple[Any, ...], factors: Tensor) -> Tensor:
     return grad
 
 
+def per_sample(saved: tuple[Any, ...], out: Tensor | None) -> Tensor:
+    """g_i^T a_i of every sample: [B, p, d]."""
+    a, g = _checked(saved)
+    dtype = working_dtype(g)
+    if out is not None and out.dtype == dtype:
+        return torch.bmm(g.to(dtype).mT, a.to(dtype), out=out)
+    return torch.bmm(g.to(dtype).mT, a.to(dtype)).to(torch.promote_types(g.dtype, torch.float32))
+
+
 def gram_is_cheaper(T: int, d: int, p: int) -> bool:
     """By multiplications: T * (T + tile) / 2 * (d + p) of the Gram form against T * d * p."""
     return (T + min(T, TILE)) * (d + p) < 2 * d * p
@@ -96,4 +105,4 @@ def _checked(saved: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
     return a, g
 
 
-RULE = Rule(sqnorm, clipped_grad, gradient=lambda saved: saved[1], methods=("direct", "gram"))
+RULE = Rule(sqnorm, clipped_grad, gradient=lambda saved: saved[1], methods=("direct", "gram"), per_sample=per_sample)
