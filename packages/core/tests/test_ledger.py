@@ -65,6 +65,13 @@ def test_equal_events_are_counted_together_in_order_of_appearance() -> None:
         "DELETE FROM releases",
         "UPDATE terms SET value = '9' WHERE name = 'budget'",
         "DELETE FROM terms",
+        "INSERT OR REPLACE INTO terms VALUES ('budget', '9')",
+        "INSERT OR REPLACE INTO releases SELECT sequence, id, recorded_at, purpose, mechanism, backend, event, 1, "
+        "versions FROM releases",
+        "INSERT OR REPLACE INTO releases SELECT NULL, id, recorded_at, purpose, mechanism, backend, event, 1, "
+        "versions FROM releases",
+        "REPLACE INTO releases SELECT 1, 'another', recorded_at, purpose, mechanism, backend, event, 1, versions "
+        "FROM releases",
     ],
 )
 def test_lines_and_terms_can_only_be_appended(path: Path, ledger: Ledger, statement: str) -> None:
@@ -73,6 +80,20 @@ def test_lines_and_terms_can_only_be_appended(path: Path, ledger: Ledger, statem
         other.execute(statement)
     other.close()
     assert lines(ledger) == [(Gaussian(1.0), 5)]
+
+
+def test_a_ledger_without_the_guard_against_replacement_gets_it_when_opened(path: Path, ledger: Ledger) -> None:
+    ledger.record(Gaussian(1.0), **LINE, count=5)
+    ledger.close()
+    with sqlite3.connect(path) as other:
+        other.execute("DROP TRIGGER releases_once")
+    other.close()
+    replace = "REPLACE INTO releases SELECT sequence, id, '', '', '', '', event, 1, versions FROM releases"
+    with Ledger.open(path, **TERMS) as again:
+        with pytest.raises(sqlite3.DatabaseError, match="append-only"):
+            again._connection().execute(replace)
+        assert lines(again) == [(Gaussian(1.0), 5)]
+        again.record(Gaussian(1.0), **LINE)
 
 
 @pytest.mark.parametrize("wrong", [{"unit": "user"}, {"relation": "replace"}, {"delta": 1e-6}, {"budget": 3.0}])
@@ -200,6 +221,40 @@ def test_a_release_over_the_budget_is_refused_and_not_written(path: Path) -> Non
             ledger.record(Gaussian(1e6), **LINE)
         assert ledger.spent() == 3.0
         assert ledger.spent(1e-6, accountant="gdp") == 3.0
+
+
+@pytest.mark.usefixtures("accountant_folder")
+@pytest.mark.parametrize(("recorded", "asked", "fits"), [(2, 9, 5), (2, 6, 5), (7, 1, 0), (7, 100, 0), (0, 8, 7)])
+def test_a_refusal_says_what_is_spent_the_limit_and_how_many_more_would_fit(
+    recorded: int, asked: int, fits: int
+) -> None:
+    ledger = Ledger.memory(delta=1e-5, budget=7.5)
+    if recorded:
+        ledger.record(Gaussian(1.0), **LINE, count=recorded)
+    message = (
+        rf"the budget is epsilon=7\.5 at delta=1e-05; {asked} more of Gaussian\(noise_multiplier=1\.0\) would exceed "
+        rf"it: epsilon={recorded} is spent and {fits} more would fit\. Nothing was released or recorded"
+    )
+    for refused in (ledger.record, ledger.reserve):
+        with pytest.raises(BudgetExhausted, match=message):
+            refused(Gaussian(1.0), count=asked, **LINE)
+    with pytest.raises(BudgetExhausted, match=message):
+        ledger.foresee(Gaussian(1.0), asked)
+    if fits:
+        ledger.record(Gaussian(1.0), **LINE, count=fits)
+    with pytest.raises(BudgetExhausted, match="and 0 more would fit"):
+        ledger.record(Gaussian(1.0), **LINE)
+
+
+@pytest.mark.usefixtures("accountant_folder")
+def test_other_writers_need_not_wait_while_a_refusal_is_explained(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Ledger.open(path, **TERMS, budget=3.0) as one, Ledger.open(path, **TERMS, budget=3.0) as two:
+        monkeypatch.setattr(
+            "dpfa_core.ledger._so_far", lambda spent, delta: two.record(Gaussian(1.0), **LINE) and "epsilon=0"
+        )
+        with pytest.raises(BudgetExhausted):
+            one.record(Gaussian(1.0), **LINE, count=4)
+        assert lines(one) == [(Gaussian(1.0), 1)]
 
 
 @pytest.mark.usefixtures("accountant_folder")

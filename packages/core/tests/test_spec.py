@@ -52,6 +52,7 @@ RECORDS = [
         transform="bm64",
     ),
     NoisePlan(mechanism="none", distribution="none", head_scale=(0.0,)),
+    NoisePlan(mechanism="gaussian", distribution="gaussian", head_scale=(0.0, 1.5), noiseless_heads=True),
     Claim("calibration", (("epsilon", "1.0"), ("delta", "1e-5")), "proved", "Balle and Wang 2018"),
     CounterLayout(fields=(("row", 2**24),), words=((Term("row", 4, 20, "8*D32"),), ()), lane=()),
 ]
@@ -126,6 +127,9 @@ def test_attention_problem_refuses(wrong: dict[str, Any], message: str) -> None:
         ({"head_scale": (1.0, 0.0)}, "head_scale must be > 0 wherever there is noise"),
         ({"head_scale": (math.nan,)}, "each entry of head_scale must be a finite number >= 0, got nan"),
         ({"head_scale": (math.inf,)}, "each entry of head_scale"),
+        ({"head_scale": (0.0, 0.0), "noiseless_heads": True}, "head_scale must be > 0 for at least one head, got"),
+        ({"row_scale": (0.0, 0.0)}, "row_scale must be > 0 for some rows wherever there is noise"),
+        ({"noiseless_heads": 1}, "noiseless_heads must be True or False, got 1"),
         ({"row_scale": (-1.0,)}, "each entry of row_scale must be a finite number >= 0"),
         ({"distribution": "none"}, 'head_scale must be 0 where distribution="none"'),
         ({"norm": "l3"}, "norm must be one of"),
@@ -136,6 +140,12 @@ def test_attention_problem_refuses(wrong: dict[str, Any], message: str) -> None:
 def test_noise_plan_refuses(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(PrivacyParameterError, match=message):
         NoisePlan(**PLAN | wrong)
+
+
+def test_a_plan_written_before_noiseless_heads_still_reads() -> None:
+    data = NoisePlan(**PLAN).to_json()
+    del data["noiseless_heads"]
+    assert NoisePlan.from_json(data) == NoisePlan(**PLAN)
 
 
 def test_sensitivity_refuses_a_value_that_is_not_finite() -> None:

@@ -101,7 +101,11 @@ class DiscreteGaussian(Event):
 
 @dataclass(frozen=True)
 class Exponential(Event):
-    """Selection by the exponential mechanism, pure ``epsilon``."""
+    """Selection by the exponential mechanism, pure ``epsilon``.
+
+    Each answer has probability proportional to exp(epsilon score / (2 sensitivity)), so that the log ratios of
+    two neighbours lie in an interval of length ``epsilon``. Another pure selection is an ``EpsilonDelta``.
+    """
 
     epsilon: float
 
@@ -111,7 +115,11 @@ class Exponential(Event):
 
 @dataclass(frozen=True)
 class RandomizedResponse(Event):
-    """With probability ``noise_parameter`` the answer is uniform over ``num_buckets``."""
+    """With probability ``noise_parameter`` the answer is uniform over ``num_buckets``.
+
+    Priced for a replaced record; that holds for an added or removed one whose null record answers like some other
+    record, or uniformly.
+    """
 
     noise_parameter: float
     num_buckets: int
@@ -140,7 +148,11 @@ class NonPrivate(Event):
 
 @dataclass(frozen=True)
 class PoissonSampled(Event):
-    """Each record takes part independently with ``sampling_probability``."""
+    """Each record takes part independently with ``sampling_probability``.
+
+    Under "replace" a record that is not drawn must be no further from any other, in the sensitivity of ``event``,
+    than two records are: so it is where it contributes 0 to a sum of clipped contributions.
+    """
 
     sampling_probability: float
     event: Event
@@ -154,7 +166,10 @@ class PoissonSampled(Event):
 
 @dataclass(frozen=True)
 class TruncatedPoisson(Event):
-    """Poisson sampling whose batch is cut to ``max_batch`` records."""
+    """Poisson sampling whose batch is cut to ``max_batch`` records.
+
+    ``population`` is the public number of records; under "add_or_remove" a neighbour may hold one more.
+    """
 
     sampling_probability: float
     max_batch: int
@@ -188,7 +203,10 @@ class FixedSizeSampled(Event):
 
 @dataclass(frozen=True)
 class BallsInBins(Event):
-    """In each of ``rounds``, every record falls into one of ``bins`` batches."""
+    """In each of ``rounds``, every record falls into one of ``bins`` batches, uniformly and anew.
+
+    ``event`` is the release of one batch; all batches of all rounds are released.
+    """
 
     bins: int
     rounds: int

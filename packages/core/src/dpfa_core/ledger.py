@@ -13,16 +13,17 @@ import threading
 import time
 import uuid
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from decimal import ROUND_CEILING, Context, Decimal
 from pathlib import Path
 from typing import Any
 
 import dpfa_core
 from dpfa_core.checks import fraction, integer, one_of, positive
-from dpfa_core.errors import BudgetExhausted, LedgerError
+from dpfa_core.errors import BudgetExhausted, DPFAError, LedgerError
 from dpfa_core.events import Event
 from dpfa_core.registry import BACKENDS, MECHANISMS, Registry
 from dpfa_core.spec import RELATIONS, UNITS, Relation, Unit
@@ -45,6 +46,14 @@ CREATE TRIGGER releases_fixed BEFORE UPDATE ON releases BEGIN SELECT RAISE(ABORT
 CREATE TRIGGER terms_keep BEFORE DELETE ON terms BEGIN SELECT RAISE(ABORT, 'append-only'); END;
 CREATE TRIGGER terms_fixed BEFORE UPDATE ON terms BEGIN SELECT RAISE(ABORT, 'append-only'); END;
 """
+# INSERT OR REPLACE removes a row without asking the triggers on DELETE. Made again wherever they are missing.
+_NO_REPLACEMENT = (
+    "CREATE TRIGGER IF NOT EXISTS releases_once BEFORE INSERT ON releases WHEN EXISTS "
+    "(SELECT 1 FROM releases WHERE sequence = NEW.sequence OR id = NEW.id) "
+    "BEGIN SELECT RAISE(ABORT, 'append-only'); END",
+    "CREATE TRIGGER IF NOT EXISTS terms_once BEFORE INSERT ON terms WHEN EXISTS "
+    "(SELECT 1 FROM terms WHERE name = NEW.name) BEGIN SELECT RAISE(ABORT, 'append-only'); END",
+)
 
 
 @dataclass(frozen=True)
@@ -156,14 +165,15 @@ class Ledger:
         """Write `count` releases of `event`, durably, and return the line's id.
 
         Raises:
-            BudgetExhausted: they would exceed the budget; nothing was written.
+            BudgetExhausted: they would exceed the budget; says what is spent and how many more would fit.
+                Nothing was written.
             LedgerError: the line could not be written, so nothing may be released.
         """
         integer("count", count, least=1)
         self._check_relation(event)
         release_id = uuid.uuid4().hex
         versions = json.dumps(_versions(mechanism, backend))
-        with self._write() as connection:
+        with self._refusing(event, count), self._write() as connection:
             self._check_budget(connection, event, count)
             connection.execute(
                 "INSERT INTO releases (id, recorded_at, purpose, mechanism, backend, event, count, versions) "
@@ -194,7 +204,7 @@ class Ledger:
         """
         integer("count", count, least=1)
         self._check_relation(event)
-        with self._write() as connection:
+        with self._refusing(event, count), self._write() as connection:
             last = self._admit(connection, event, count)
             self._cleared = (last, event, count)
 
@@ -298,6 +308,9 @@ class Ledger:
                 rows = [(name, json.dumps(value)) for name, value in terms.items()]
                 database.executemany("INSERT INTO terms VALUES (?, ?)", rows)
             stored = dict(database.execute("SELECT name, value FROM terms").fetchall())
+            if stored.get("schema") == json.dumps(SCHEMA_VERSION):
+                for statement in _NO_REPLACEMENT:
+                    database.execute(statement)
             database.execute("COMMIT")
         except BaseException:
             if database.in_transaction:
@@ -350,6 +363,21 @@ class Ledger:
                     raise LedgerError(f"the ledger {self.path!r} cannot be written: {error}.") from error
                 raise
 
+    @contextmanager
+    def _refusing(self, event: Event, count: int) -> Iterator[None]:
+        """Explain a refusal after the transaction: pricing takes long, and other writers need not wait for it."""
+        try:
+            yield
+        except _OverBudgetError as refusal:
+            assert self.budget is not None  # noqa: S101  (nothing is refused without one)
+            delta = self._delta(None)
+            fits = _largest_that_fits(refusal.spent, event, count, delta, self.budget)
+            raise BudgetExhausted(
+                f"the budget is epsilon={self.budget} at delta={delta}; {count} more of {event} would exceed it: "
+                f"{_so_far(refusal.spent, delta)} is spent and {fits} more would fit. Nothing was released or "
+                "recorded; stop here, or open a ledger for other records."
+            ) from None
+
     def _check_relation(self, event: Event) -> None:
         if not isinstance(event, Event):
             raise LedgerError(f"expected an event of dpfa_core.events, got {event!r}.")
@@ -379,14 +407,57 @@ class Ledger:
     def _admit(self, connection: sqlite3.Connection, event: Event, count: int) -> int:
         """Raise unless `count` more of `event` fit the budget; returns the last line's number."""
         if self.budget is not None:
-            delta = self._delta(None)
-            if not within((*self.events(), (event, count)), delta, self.budget):
-                raise BudgetExhausted(
-                    f"the budget is epsilon={self.budget} at delta={delta}; {count} more of {event} would "
-                    "exceed it. Nothing was released or recorded; stop here, or open a ledger for other "
-                    "records."
-                )
+            spent = tuple(self.events())
+            if not within((*spent, (event, count)), self._delta(None), self.budget):
+                raise _OverBudgetError(spent)
         return _last_sequence(connection)
+
+
+class _OverBudgetError(Exception):
+    """What was asked for does not fit; ``spent`` is what had been released when it was asked."""
+
+    def __init__(self, spent: tuple[tuple[Event, int], ...]) -> None:
+        super().__init__()
+        self.spent = spent
+
+
+def _largest_that_fits(
+    spent: tuple[tuple[Event, int], ...], event: Event, count: int, delta: float, budget: float
+) -> int:
+    """How many of `event`, fewer than `count`, some accountant shows to fit."""
+    try:
+        prices = spending((*spent, (event, count)), delta).by_accountant
+    except DPFAError:
+        return 0
+    tightest, _ = min(prices, key=lambda price: price[1])
+
+    def fits_by_the_tightest(more: int) -> bool:
+        try:
+            return upper_bound(tightest, (*spent, (event, more)), delta) <= budget
+        except DPFAError:
+            return False
+
+    def fits_by_any(more: int) -> bool:
+        return within((*spent, (event, more)), delta, budget)
+
+    # One accountant leads nearly to the answer; asking all of them takes seconds each time.
+    least = _bisect(fits_by_the_tightest, 0, count)
+    return _bisect(fits_by_any, least, count) if least + 1 < count and fits_by_any(least + 1) else least
+
+
+def _bisect(good: Callable[[int], bool], low: int, high: int) -> int:
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if good(middle) else (low, middle)
+    return low
+
+
+def _so_far(spent: tuple[tuple[Event, int], ...], delta: float) -> str:
+    try:
+        epsilon = Decimal(spending(spent, delta).epsilon)
+    except DPFAError:
+        return "what no accountant can price"
+    return f"epsilon={epsilon.normalize(Context(prec=6, rounding=ROUND_CEILING)):f}"
 
 
 def _use_wal(database: sqlite3.Connection) -> None:

@@ -165,6 +165,8 @@ class NoisePlan(Record):
     structure: Structure | None = None
     grid: float = 0.0
     transform: Literal["bm32", "bm64"] = "bm32"
+    noiseless_heads: bool = False
+    """Zeros in head_scale are meant: these heads are released as they are, and the whole has no finite epsilon."""
 
     def __post_init__(self) -> None:
         one_of("distribution", self.distribution, ("none", "gaussian", "laplace", "discrete_gaussian", "custom"))
@@ -180,11 +182,19 @@ class NoisePlan(Record):
             'head_scale must be 0 where distribution="none"',
             self.head_scale,
         )
+        require(isinstance(self.noiseless_heads, bool), "noiseless_heads must be True or False", self.noiseless_heads)
         require(
-            noiseless or all(self.head_scale),
-            "head_scale must be > 0 wherever there is noise",
+            noiseless or all(self.head_scale) or (self.noiseless_heads and any(self.head_scale)),
+            "head_scale must be > 0 for at least one head"
+            if self.noiseless_heads
+            else "head_scale must be > 0 wherever there is noise",
             self.head_scale,
             'Use distribution="none" for a call that is not private.',
+        )
+        require(
+            noiseless or any(self.row_scale),
+            "row_scale must be > 0 for some rows wherever there is noise",
+            self.row_scale,
         )
         one_of("norm", self.norm, NORMS)
         non_negative("grid", self.grid)

@@ -11,7 +11,7 @@ from dpfa_core.errors import DPFAError, PluginError, UnsupportedEvent
 from dpfa_core.events import Event
 from dpfa_core.registry import ACCOUNTANTS
 
-CHEAPEST_FIRST = ("gdp", "rdp", "prv", "pld", "certified")
+CHEAPEST_FIRST = ("gdp", "rdp", "pld", "prv", "certified")
 """The order in which first-party accountants are asked."""
 
 
