@@ -31,6 +31,7 @@ from dpfa_core.registry import ACCOUNTANTS
 NAMES = ("gdp", "rdp", "pld", "prv")
 DELTA = 1e-5
 STEP = PoissonSampled(0.1, Gaussian(2.0))
+REPLACED = PoissonSampled(0.1, Gaussian(1.0), "replace")
 
 multipliers = st.floats(0.5, 20.0).map(lambda x: round(x, 3))
 events = st.recursive(
@@ -178,17 +179,25 @@ def test_more_releases_cost_more_and_a_larger_delta_less(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "event", "text"),
     [
-        ("gdp", STEP, "GDP is exact for Gaussian releases on the whole data, got PoissonSampled; use rdp or pld"),
+        (
+            "gdp",
+            STEP,
+            "exact for Gaussian releases on the whole data, got PoissonSampled around Gaussian (central-limit",
+        ),
+        ("gdp", STEP, "are no bound); use rdp, pld or prv."),
         ("gdp", Laplace(1.0), "got Laplace"),
-        ("rdp", PoissonSampled(0.1, Laplace(1.0)), "known around a Gaussian, got Laplace; use pld"),
-        ("rdp", EpsilonDelta(1.0, 1e-6), "RDP has no curve for an EpsilonDelta with delta > 0; use pld"),
-        ("rdp", DiscreteGaussian(1.0), "RDP has no curve for DiscreteGaussian"),
-        ("pld", FixedSizeSampled(2, 8, Gaussian(1.0)), "PLD has no loss distribution for FixedSizeSampled"),
-        ("pld", PoissonSampled(0.1, Exponential(1.0)), "known around Gaussian or Laplace, got Exponential"),
-        ("pld", RandomizedResponse(0.5, 2), "PLD has no loss distribution for RandomizedResponse"),
-        ("pld", TruncatedPoisson(0.1, 8, 80, Gaussian(1.0)), "no loss distribution for TruncatedPoisson"),
-        ("prv", Laplace(1.0), "PRV prices Gaussian releases, whole or Poisson sampled, got Laplace"),
-        ("prv", BallsInBins(4, 2, Gaussian(1.0)), "got BallsInBins"),
+        ("gdp", BallsInBins(4, 2, Gaussian(1.0)), "got BallsInBins around Gaussian"),
+        ("rdp", REPLACED, "Poisson sampling under add_or_remove, got relation='replace'"),
+        ("rdp", REPLACED, "(doubling the sensitivity is no bound for sampled releases); use pld."),
+        ("prv", REPLACED, "(doubling the sensitivity is no bound for sampled releases); use pld."),
+        ("pld", DiscreteGaussian(1.0), "its losses depend on the grid, which the event does not hold; use rdp."),
+        ("pld", PoissonSampled(0.5, DiscreteGaussian(1.0)), "for PoissonSampled around DiscreteGaussian; use rdp."),
+        ("prv", Laplace(1.0), "PRV prices Gaussian releases, whole or Poisson sampled, got Laplace; use rdp or pld."),
+        ("rdp", FixedSizeSampled(1, 10, Gaussian(1.0), "add_or_remove"), "state replace, or sample by Poisson"),
+        ("pld", FixedSizeSampled(1, 10, Gaussian(1.0), "add_or_remove"), "no installed accountant prices it."),
+        ("rdp", FixedSizeSampled(2, 9, STEP), "got FixedSizeSampled around PoissonSampled; no installed accountant"),
+        ("rdp", BallsInBins(2, 9, STEP), "a sample inside another one has no proved price"),
+        ("rdp", PoissonSampled(0.1, SelfComposed(STEP, 2)), "a sample inside another one has no proved price"),
     ],
 )
 def test_refusals_name_the_event_and_a_remedy(name: str, event: Event, text: str) -> None:
@@ -200,13 +209,29 @@ def test_refusals_name_the_event_and_a_remedy(name: str, event: Event, text: str
     assert account.epsilon(DELTA) == 0.0, "a refused event must leave nothing behind"
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_no_accountant_takes_sampling_under_the_other_relation(name: str) -> None:
-    poisson = PoissonSampled(0.1, Gaussian(1.0), "replace")
-    fixed = FixedSizeSampled(1, 10, Gaussian(1.0), "add_or_remove")
-    account = ACCOUNTANTS.create(name)
-    assert any("Poisson sampling is priced under add_or_remove" in r for r in account.supports(poisson))
-    assert any("fixed-size sampling is priced under replace" in r for r in account.supports(fixed))
+def test_every_event_but_nested_samples_and_the_wrong_relation_has_a_price() -> None:
+    inner = (Gaussian(3.0), Laplace(3.0), DiscreteGaussian(3.0), Exponential(0.5), RandomizedResponse(0.5, 3))
+    for part in (*inner, EpsilonDelta(0.5, 1e-7), Composed((Gaussian(3.0), Laplace(3.0))), NonPrivate()):
+        for event in (
+            part,
+            PoissonSampled(0.2, part),
+            PoissonSampled(0.2, part, "replace"),
+            TruncatedPoisson(0.2, 90, 99, part),
+            FixedSizeSampled(2, 10, part),
+            BallsInBins(3, 2, part),
+            BallsInBins(3, 2, part, "replace"),
+        ):
+            assert any(not ACCOUNTANTS.create(name).supports(event) for name in NAMES), event
+
+
+def test_a_sample_of_a_poisson_sample_is_a_smaller_one() -> None:
+    for relation in ("add_or_remove", "replace"):
+        twice = PoissonSampled(0.5, PoissonSampled(0.25, Gaussian(2.0), relation), relation)
+        once = PoissonSampled(0.125, Gaussian(2.0), relation)
+        spent = [ACCOUNTANTS.create("pld").compose(event, 9).epsilon(DELTA) for event in (twice, once)]
+        assert spent[1] <= spent[0] <= spent[1] * (1 + 1e-9)
+    mixed = PoissonSampled(0.5, PoissonSampled(0.25, Gaussian(2.0), "replace"))
+    assert ACCOUNTANTS.create("pld").supports(mixed)
 
 
 def test_one_account_holds_one_relation() -> None:

@@ -65,7 +65,7 @@ def test_deltas_lost_in_round_off_are_refused() -> None:
 def test_a_grid_beyond_memory_is_refused() -> None:
     account = PrvAccountant().compose(PoissonSampled(0.5, Gaussian(0.3)), 10_000)
     with pytest.raises(
-        UnsupportedEvent, match=r"PRV could not discretise .* grid points, more than 8388608.*use pld or rdp"
+        UnsupportedEvent, match=r"PRV could not discretise .* grid points, more than 1048576.*use pld or rdp"
     ):
         account.epsilon(1e-5)
 

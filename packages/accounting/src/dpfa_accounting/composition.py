@@ -2,115 +2,40 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from typing import Any, ClassVar, Literal, Self
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
+from dpfa_accounting import truncation
+from dpfa_accounting.reduction import Releases, coarser, described, equal, leaves, merged, nested, ordered
+from dpfa_accounting.remedy import remedy
 from dpfa_core.checks import fraction, integer, non_negative, require
 from dpfa_core.errors import UnsupportedEvent
-from dpfa_core.events import (
-    Composed,
-    EpsilonDelta,
-    Event,
-    FixedSizeSampled,
-    Gaussian,
-    NonPrivate,
-    PoissonSampled,
-    SelfComposed,
-)
+from dpfa_core.events import EpsilonDelta, Event, NonPrivate, TruncatedPoisson
 from dpfa_core.spec import CONTRACT_VERSION, Reasons, Relation
 
-Releases = tuple[tuple[Event, int], ...]
-"""Different events with their counts, in an order that does not depend on how they came."""
+__all__ = ["ComposingAccountant", "Releases", "leaves", "merged", "relation_of"]
 
 
-def leaves(event: Event, count: int = 1) -> Iterator[tuple[Event, int]]:
-    """The releases that `event` stands for: nothing in them is a composition of several."""
-    match event:
-        case Composed(events):
-            for part in events:
-                yield from leaves(part, count)
-        case SelfComposed(part, times):
-            yield from leaves(part, count * times)
-        case PoissonSampled(event=inner) | FixedSizeSampled(event=inner):
-            # what one sample answers together is one release of it
-            joint = _joint(inner)
-            yield joint if joint == NonPrivate() else dataclasses.replace(event, event=joint), count
-        case _:
-            yield event, count
+class Priced(NamedTuple):
+    """What an accountant prices, and what is added to delta: `slack`, and (1 + e**epsilon) times `tail`."""
+
+    releases: Releases
+    slack: float
+    tail: float
 
 
-def merged(releases: Iterable[tuple[Event, int]]) -> Releases:
-    """The same releases with all Gaussians on the whole data as one, exactly: mu**2 adds up.
+class Plan(NamedTuple):
+    """How an accountant prices one event."""
 
-    A sample of everybody is no sample.
-    """
-    rest: Counter[Event] = Counter()
-    gaussians: list[tuple[float, int]] = []
-    for event, count in releases:
-        match _unsampled(event):
-            case Gaussian(noise_multiplier):
-                gaussians.append((noise_multiplier, count))
-            case other:
-                rest[other] += count
-    if gaussians:
-        rest[_together(gaussians)] += 1
-    return _ordered(rest)
-
-
-def _is_slack(event: Event) -> bool:
-    """A (0, delta)-private part, such as a sampler's tail: composing it adds its delta, whatever prices the rest."""
-    return isinstance(event, EpsilonDelta) and event.epsilon == 0
-
-
-def _joint(event: Event) -> Event:
-    parts = tuple(leaves(event))
-    if all(isinstance(part, Gaussian) for part, _ in parts) and parts:
-        return _together([(part.noise_multiplier, count) for part, count in parts if isinstance(part, Gaussian)])
-    if any(part == NonPrivate() for part, _ in parts):
-        return NonPrivate()
-    return parts[0][0] if [count for _, count in parts] == [1] else event
-
-
-def _together(gaussians: list[tuple[float, int]]) -> Gaussian:
-    if [count for _, count in gaussians] == [1]:
-        return Gaussian(gaussians[0][0])
-    # rounded down: less noise than there is
-    total = math.fsum(count / multiplier**2 for multiplier, count in gaussians)
-    return Gaussian((1.0 - 2.0**-50) / math.sqrt(total))
-
-
-def _unsampled(event: Event) -> Event:
-    match event:
-        case PoissonSampled(1, inner, "add_or_remove"):
-            return inner
-        case FixedSizeSampled(size, population, inner, "replace") if size == population:
-            return inner
-    return event
-
-
-def _ordered(counts: Counter[Event]) -> Releases:
-    return tuple(sorted(counts.items(), key=lambda item: json.dumps(item[0].to_json(), sort_keys=True)))
-
-
-def sampling_reasons(event: Event) -> Reasons:
-    """Why a sampled event's relation has no bound here; empty if it is not sampled or has one."""
-    match event:
-        case PoissonSampled(relation="replace"):
-            return (
-                "Poisson sampling is priced under add_or_remove, got relation='replace'; "
-                "doubling the sensitivity is no bound for sampled releases.",
-            )
-        case FixedSizeSampled(relation="add_or_remove"):
-            return (
-                "fixed-size sampling is priced under replace, got relation='add_or_remove'; "
-                "state replace, or sample by Poisson.",
-            )
-    return ()
+    releases: tuple[tuple[Event, int], ...] = ()
+    slack: float = 0.0
+    tail: float = 0.0
+    remarks: tuple[str, ...] = ()
+    reasons: tuple[tuple[Event, str], ...] = ()
+    """Why it does not, and for which part."""
 
 
 def relation_of(event: Event) -> Relation | None:
@@ -138,8 +63,7 @@ class ComposingAccountant(ABC):
         reasons: list[str] = []
         relation = self._relation
         for leaf, _ in leaves(event):
-            if not isinstance(leaf, NonPrivate) and not _is_slack(leaf):
-                reasons += (*sampling_reasons(leaf), *self._against(_unsampled(leaf)))
+            reasons += [f"{reason}; {remedy(part, self.name)}" for part, reason in self._plan(leaf).reasons]
             stated = relation_of(leaf)
             if relation and stated and stated != relation:
                 reasons.append(
@@ -148,6 +72,15 @@ class ComposingAccountant(ABC):
                 )
             relation = relation or stated
         return tuple(dict.fromkeys(reasons))
+
+    def prices(self, event: Event) -> bool:
+        """Whether this kind of accountant has a bound for `event`, whatever it holds already."""
+        return not any(self._plan(leaf).reasons for leaf, _ in leaves(event))
+
+    def remarks(self, event: Event) -> tuple[str, ...]:
+        """One sentence for each way in which the bound for `event` is known to be looser than it could be."""
+        found = [remark for leaf, _ in leaves(event) for remark in self._plan(leaf).remarks]
+        return tuple(dict.fromkeys(found))
 
     def compose(self, event: Event, count: int = 1) -> Self:
         """Add `event` `count` times.
@@ -176,13 +109,13 @@ class ComposingAccountant(ABC):
             return 0.0
         if NonPrivate() in self._counts:
             return math.inf
-        rest, slack = self._priced()
-        if slack > delta:
+        rest, slack, tail = self._priced()
+        if slack > delta or NonPrivate() in dict(rest):
             return math.inf
-        if not rest:
+        left = math.nextafter(delta - slack, 0.0) if slack else delta
+        if not rest and not tail:
             return 0.0
-        value = float(self._epsilon(rest, math.nextafter(delta - slack, 0.0) if slack else delta))
-        self._number("epsilon", value)
+        value = truncation.epsilon(lambda d: self._least(rest, d), left, tail) if tail else self._least(rest, left)
         return math.nextafter(value, math.inf) if value > 0 else 0.0
 
     def delta(self, epsilon: float) -> float:
@@ -195,14 +128,19 @@ class ComposingAccountant(ABC):
             return 0.0
         if NonPrivate() in self._counts:
             return 1.0
-        rest, slack = self._priced()
-        value = slack + (float(self._delta(rest, epsilon)) if rest else 0.0)
-        self._number("delta", value)
+        rest, slack, tail = self._priced()
+        if NonPrivate() in dict(rest):
+            return 1.0
+
+        def plain(epsilon: float) -> float:
+            return slack + (self._number("delta", self._delta, rest, epsilon) if rest else 0.0)
+
+        value = truncation.delta(plain, epsilon, tail) if tail else plain(epsilon)
         return min(1.0, math.nextafter(value, 1.0)) if value > 0 else 0.0
 
     def state(self) -> dict[str, Any]:
         """The events as JSON; any accountant that supports them can go on from it."""
-        return {"events": [[event.to_json(), count] for event, count in _ordered(self._counts)]}
+        return {"events": [[event.to_json(), count] for event, count in ordered(self._counts)]}
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> Self:
@@ -218,25 +156,103 @@ class ComposingAccountant(ABC):
             accountant.compose(Event.from_json(data), count)
         return accountant
 
-    def _priced(self) -> tuple[Releases, float]:
-        """What the accountant prices, and the sum of the deltas that stand alone, rounded up."""
-        slacks = [(event, count) for event, count in self._counts.items() if _is_slack(event)]
-        rest = merged((event, count) for event, count in self._counts.items() if not _is_slack(event))
-        slack = math.fsum(count * event.delta for event, count in slacks if isinstance(event, EpsilonDelta))
-        return rest, math.nextafter(slack * (1.0 + 2.0**-50), 1.0) if slack else 0.0
+    def _priced(self) -> Priced:
+        """What the accountant prices, and what is added to delta, rounded up."""
+        releases: Counter[Event] = Counter()
+        slacks, tails = [0.0], [0.0]
+        for leaf, times in self._counts.items():
+            plan = self._plan(leaf)
+            slacks.append(times * plan.slack)
+            tails.append(times * plan.tail)
+            for event, count in plan.releases:
+                releases[event] += times * count
+        slack, tail = (min(1.0, math.fsum(found) * (1.0 + 2.0**-50)) for found in (slacks, tails))
+        return Priced(merged(releases.items()), math.nextafter(slack, 1.0) if slack else 0.0, tail)
 
-    def _number(self, quantity: str, value: float) -> None:
+    def _plan(self, leaf: Event) -> Plan:
+        """How this accountant prices a release that is no composition."""
+        try:
+            return _sum_of([self._plan_of_equal(event, count) for event, count in equal(leaf)])
+        except ArithmeticError as error:
+            return Plan(reasons=((leaf, f"{described(leaf)} leaves the range of float64 ({error})"),))
+
+    def _plan_of_equal(self, event: Event, count: int) -> Plan:
+        if isinstance(event, NonPrivate):
+            return Plan(((event, count),))
+        if isinstance(event, EpsilonDelta) and event.epsilon == 0:
+            # composing a (0, delta)-private part, such as a sampler's tail, adds its delta, whatever prices the rest
+            return Plan(slack=event.delta * count)
+        inside = nested(event)
+        if inside:
+            return Plan(reasons=((event, inside),))
+        if isinstance(event, TruncatedPoisson):
+            plain = self._plan(truncation.plain(event))
+            remark = "TruncatedPoisson is priced as plain sampling, with the chance of a cut added to delta."
+            cut = Plan(tail=truncation.overflow(event), remarks=(remark,))
+            return plain if plain.reasons else _times(_sum_of([plain, cut]), count)
+        against = self._against(event)
+        if not against:
+            return Plan(((event, count),), remarks=self._remarks(event))
+        # an exact accountant does not price what it could only bound
+        bound = coarser(event) if self.bound != "exact" else None
+        if bound is None:
+            return Plan(reasons=((event, against),))
+        plan = _sum_of([self._scaled(part, times) for part, times in bound.releases])
+        if plan.reasons:
+            return Plan(reasons=((event, against),))
+        return _times(plan._replace(slack=plan.slack + bound.slack, remarks=(bound.remark, *plan.remarks)), count)
+
+    def _scaled(self, event: Event, count: int) -> Plan:
+        return _times(self._plan(event), count)
+
+    def _least(self, releases: Releases, delta: float) -> float:
+        return self._number("epsilon", self._epsilon, releases, delta) if releases else 0.0
+
+    def _number(
+        self, quantity: str, ask: Callable[[Releases, float], float], releases: Releases, argument: float
+    ) -> float:
+        """The answer, which must be a number >= 0."""
+        try:
+            value = float(ask(releases, argument))
+        except ArithmeticError as error:
+            raise UnsupportedEvent(
+                f"accountant {self.name!r} must find {quantity} within the range of float64, got {error}; "
+                "use another one."
+            ) from error
         if math.isnan(value) or value < 0:
             raise UnsupportedEvent(
                 f"accountant {self.name!r} must answer {quantity} with a number >= 0, got {value}; use another one."
             )
+        return value
+
+    def _remarks(self, event: Event) -> tuple[str, ...]:
+        """How the bound for a release that this accountant prices itself is loose."""
+        return ()
 
     @abstractmethod
-    def _against(self, event: Event) -> Reasons:
-        """Reasons against one release that is neither a composition nor NonPrivate."""
+    def _against(self, event: Event) -> str:
+        """Why one release, neither a composition nor NonPrivate, has no price here; empty if it has one."""
 
     @abstractmethod
     def _epsilon(self, releases: Releases, delta: float) -> float: ...
 
     @abstractmethod
     def _delta(self, releases: Releases, epsilon: float) -> float: ...
+
+
+def _sum_of(plans: list[Plan]) -> Plan:
+    return Plan(
+        tuple(release for plan in plans for release in plan.releases),
+        math.fsum(plan.slack for plan in plans),
+        math.fsum(plan.tail for plan in plans),
+        tuple(dict.fromkeys(remark for plan in plans for remark in plan.remarks)),
+        tuple(reason for plan in plans for reason in plan.reasons),
+    )
+
+
+def _times(plan: Plan, count: int) -> Plan:
+    return plan._replace(
+        releases=tuple((event, count * times) for event, times in plan.releases),
+        slack=plan.slack * count,
+        tail=plan.tail * count,
+    )

@@ -7,9 +7,9 @@ from typing import ClassVar, Literal
 
 from scipy.special import log_ndtr
 
-from dpfa_accounting.composition import ComposingAccountant, Releases
+from dpfa_accounting.composition import ComposingAccountant
+from dpfa_accounting.reduction import Releases, described
 from dpfa_core.events import Event, Gaussian
-from dpfa_core.spec import Reasons
 
 LOG_NDTR_ERROR = 2.0**-44
 """Assumed relative error of ``scipy.special.log_ndtr``; measured against 60 digits: below 2**-49."""
@@ -25,12 +25,12 @@ class GdpAccountant(ComposingAccountant):
     name: ClassVar[str] = "gdp"
     bound: ClassVar[Literal["exact", "certified", "upper", "interval"]] = "exact"
 
-    def _against(self, event: Event) -> Reasons:
+    def _against(self, event: Event) -> str:
         if isinstance(event, Gaussian):
-            return ()
+            return ""
         return (
-            f"GDP is exact for Gaussian releases on the whole data, got {type(event).__name__}; "
-            "use rdp or pld (central-limit numbers for sampled releases are no bound).",
+            f"GDP is exact for Gaussian releases on the whole data, got {described(event)} "
+            "(central-limit numbers for other releases are no bound)"
         )
 
     def _epsilon(self, releases: Releases, delta: float) -> float:
@@ -40,8 +40,10 @@ class GdpAccountant(ComposingAccountant):
         if gdp_delta(0.0, mu) <= delta:
             return 0.0
         low, high = 0.0, 1.0
-        while gdp_delta(high, mu) > delta:
+        while high < math.inf and gdp_delta(high, mu) > delta:
             low, high = high, 2.0 * high
+        if high == math.inf:
+            return math.inf
         while (middle := (low + high) / 2.0) not in (low, high):
             low, high = (low, middle) if gdp_delta(middle, mu) <= delta else (middle, high)
         return high
@@ -57,6 +59,10 @@ def _mu(releases: Releases) -> float:
 
 def gdp_delta(epsilon: float, mu: float) -> float:
     """The delta of mu-GDP at `epsilon`, rounded up: Phi(mu/2 - eps/mu) - e^eps Phi(-mu/2 - eps/mu)."""
+    if not mu / 2.0 - epsilon / mu < 1e150:
+        return 1.0
+    if mu / 2.0 - epsilon / mu < -1e150:
+        return 0.0
     upper = float(log_ndtr(mu / 2.0 - epsilon / mu))
     lower = epsilon + float(log_ndtr(-mu / 2.0 - epsilon / mu))
     # a difference of two numbers: its error is a share of the larger one

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dpfa_accounting.composition import Releases
+from dpfa_accounting.reduction import Releases
 from dpfa_core.errors import UnsupportedEvent
 
 ROUND_OFF = 2.0**-50
