@@ -33,7 +33,7 @@ def test_a_std_five_percent_short_is_rejected(use: Use) -> None:
     use("broken")
     report = check_mechanism("short_gaussian", level="quick")
     assert not report.ok
-    assert report.failed() == ("calibration", "event", "heads")
+    assert report.failed() == ("calibration", "event", "moves", "heads")
     assert "leave delta = " in render(report)
 
 

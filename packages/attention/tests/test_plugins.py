@@ -37,7 +37,7 @@ DOUBLE = """
 def test_a_third_party_mechanism_is_used_by_name(
     inputs: Callable[..., Any], ledger: Ledger, watched: Any, third_party: Callable[[str, str], None]
 ) -> None:
-    with pytest.raises(PluginError, match="installed: gaussian, laplace"):
+    with pytest.raises(PluginError, match=r"installed: .*gaussian, laplace"):
         dp_flash_attn_func(*inputs(), **PRIVATE, mechanism="double", ledger=ledger)
     third_party("double", DOUBLE)
     _, first = dp_flash_attn_func(*inputs(), **PRIVATE, ledger=ledger, return_privacy_stats=True)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -7,12 +8,12 @@ import pytest
 
 from dpfa_attention.pricing import PricedRelease, noiseless_release, priced_release
 from dpfa_attention.sampler_end import cost_of_end
-from dpfa_core.errors import PrivacyParameterError, UnsupportedEvent
+from dpfa_core.errors import PluginError, PrivacyParameterError, UnsupportedEvent
 from dpfa_core.events import Composed, EpsilonDelta, Event
 from dpfa_core.registry import MECHANISMS
-from dpfa_core.spec import AttentionProblem, PrivacySpec
+from dpfa_core.spec import AttentionProblem, NoisePlan, PrivacySpec, Sensitivity
 from dpfa_core.spending import upper_bound
-from dpfa_mechanisms.gaussian import gaussian_delta
+from dpfa_mechanisms.gaussian import Gaussian, gaussian_delta
 from dpfa_mechanisms.sensitivity import sensitivity
 
 
@@ -69,6 +70,29 @@ def test_scale_is_multiplier_times_sensitivity_rounded_up() -> None:
         least = release.noise_multiplier * bound.value
         assert least <= release.plan.head_scale[0] <= least * (1 + 1e-6)
         assert release.noise_std == release.plan.head_scale[0] * factor
+
+
+class _Uneven(Gaussian):
+    """Noise by rows; a quarter too little in the rows that see all keys, if told so."""
+
+    short = 1.0
+
+    def plan(self, sensitivity: Sensitivity, multipliers: tuple[float, ...], problem: AttentionProblem) -> NoisePlan:
+        even = super().plan(sensitivity, multipliers, problem)
+        return dataclasses.replace(even, row_scale=(1.0,) * problem.kv_len + (self.short,))
+
+
+@pytest.mark.parametrize("short", [1.0, 0.75])
+def test_uneven_noise_is_held_to_the_multiplier_it_claims(monkeypatch: pytest.MonkeyPatch, short: float) -> None:
+    monkeypatch.setattr(_Uneven, "short", short)
+    monkeypatch.setattr("dpfa_attention.pricing._additive", lambda entry: _Uneven())
+    priced_release.cache_clear()
+    if short == 1.0:
+        assert priced().plan.row_scale[-1] == 1.0
+    else:
+        with pytest.raises(PluginError, match=r"must plan noise of multiplier .* or more, as it says, got rows"):
+            priced()
+    priced_release.cache_clear()
 
 
 def test_laplace_keeps_pure_epsilon_but_for_the_end_of_its_sampler() -> None:

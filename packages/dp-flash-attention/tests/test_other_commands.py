@@ -1,4 +1,4 @@
-"""``dpfa plan``, ``spent``, ``doctor``, ``verify``, ``report``."""
+"""``dpfa doctor``, ``verify``, ``report``, and in passing ``plan release`` and ``spent``."""
 
 from __future__ import annotations
 
@@ -8,33 +8,6 @@ import pytest
 
 from dpfa_core.events import Gaussian
 from dpfa_core.ledger import Ledger
-
-
-def test_plan_train_prices_by_every_accountant(dpfa):
-    done = dpfa(
-        "plan",
-        "train",
-        "--epsilon",
-        3,
-        "--delta",
-        1e-5,
-        "--records",
-        60000,
-        "--batch-size",
-        256,
-        "--epochs",
-        5,
-        "--json",
-    )
-    assert done.code == 0, done.err
-    plan = done.json
-    assert plan["steps"] == 5 * 235
-    assert 2.99 < plan["epsilon"] <= 3.0
-    assert set(plan["epsilons"]) >= {"rdp", "pld", "prv"}
-    assert (
-        dpfa("plan", "train", "--epsilon", 3, "--delta", 1e-5, "--records", 10, "--batch-size", 11, "--epochs", 1).code
-        == 2
-    )
 
 
 def test_plan_release_shows_what_sensitivity_analysis_buys(dpfa):
@@ -54,7 +27,9 @@ def test_plan_release_shows_what_sensitivity_analysis_buys(dpfa):
 def test_plan_release_with_an_unknown_mechanism_names_those_installed(dpfa):
     done = dpfa("plan", "release", "--epsilon", 1, "--delta", 1e-6, "--q-len", 8, "--mechanism", "gausian")
     assert done.code == 2
-    assert "installed: gaussian, laplace" in done.err
+    installed = done.err.partition("installed: ")[2]
+    assert "gaussian, " in installed
+    assert "laplace" in installed
 
 
 def test_spent_adds_up_a_ledger(dpfa, tmp_path):

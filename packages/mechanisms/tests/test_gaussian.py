@@ -9,7 +9,7 @@ from dpfa_core.errors import PrivacyParameterError
 from dpfa_core.events import Gaussian as GaussianEvent
 from dpfa_core.registry import MECHANISMS
 from dpfa_core.spec import AttentionProblem, PrivacySpec, Sensitivity
-from dpfa_mechanisms.gaussian import Gaussian, gaussian_delta
+from dpfa_mechanisms.gaussian import Gaussian, gaussian_delta, gaussian_epsilon
 
 PROBLEM = AttentionProblem(batch=1, q_len=4, kv_len=4, q_heads=4, kv_heads=2, head_dim=8, clip_norm=1.0)
 
@@ -58,6 +58,23 @@ def test_extreme_parameters_give_numbers() -> None:
         assert 0 < Gaussian().calibrate(epsilon, delta) < float("inf")
     assert gaussian_delta(1e200, 1.0) == 2.0**-1022
     assert gaussian_delta(0.0, 1e-3) == 1.0
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.floats(1e-6, 50.0), st.floats(-30.0, -0.01))
+def test_epsilon_inverts_the_calibration(epsilon: float, log10_delta: float) -> None:
+    delta = 10.0**log10_delta
+    multiplier = Gaussian().calibrate(epsilon, delta)
+    found = gaussian_epsilon(multiplier, delta)
+    assert gaussian_delta(found, multiplier) <= delta
+    # both are rounded up, by a few units in the last place
+    assert found <= epsilon * (1 + 1e-12) + 1e-12
+    assert found == pytest.approx(epsilon, rel=1e-8, abs=1e-13)
+
+
+def test_epsilon_at_the_ends() -> None:
+    assert gaussian_epsilon(1e9, 1e-3) == 0.0
+    assert gaussian_epsilon(1e-200, 1e-5) == float("inf")
 
 
 @pytest.mark.parametrize("epsilon", [0.0, -1.0, float("inf"), float("nan"), None])

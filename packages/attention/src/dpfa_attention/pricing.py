@@ -15,6 +15,7 @@ from dpfa_core.events import Composed, EpsilonDelta, Event, NonPrivate
 from dpfa_core.registry import MECHANISMS, Entry
 from dpfa_core.spec import AttentionProblem, NoisePlan, PrivacySpec, Sensitivity
 from dpfa_core.spending import first_party_accountants, upper_bound
+from dpfa_mechanisms.noise_energy import plan_multiplier
 from dpfa_mechanisms.sensitivity import sensitivity
 
 AGREEMENT = 1e-9
@@ -90,7 +91,7 @@ def priced_release(
     epsilon = _price(entry, accountant, event, spec, left)
 
     plan = dataclasses.replace(mechanism.plan(bound, (noise_multiplier,), problem), transform=plan.transform)
-    _check_plan(entry, plan, noise_multiplier, bound)
+    _check_plan(entry, plan, noise_multiplier, bound, spec, problem)
     lifetime = max(spec.delta, lifetime_delta)
     end = EpsilonDelta(0.0, cost_of_end(plan, problem, bound, noise_multiplier=noise_multiplier, delta=lifetime))
     scale = max(plan.head_scale) * max(plan.row_scale)
@@ -116,7 +117,14 @@ def _additive(entry: Entry) -> Mechanism:
     return mechanism
 
 
-def _check_plan(entry: Entry, plan: NoisePlan, noise_multiplier: float, bound: Sensitivity) -> None:
+def _check_plan(
+    entry: Entry,
+    plan: NoisePlan,
+    noise_multiplier: float,
+    bound: Sensitivity,
+    spec: PrivacySpec,
+    problem: AttentionProblem,
+) -> None:
     if plan.structure is not None:
         raise PrivacyParameterError(
             f"mechanism {entry.name!r} plans {plan.structure.kind!r} noise, which this version does not offer; "
@@ -128,6 +136,14 @@ def _check_plan(entry: Entry, plan: NoisePlan, noise_multiplier: float, bound: S
             f"mechanism {entry.name!r} of {entry.origin} must plan noise of scale {least:.9g} or more and a clip in "
             f"{bound.norm}, as its noise multiplier and norm say, got {plan}; nothing was released. Correct the plugin."
         )
+    if not even(plan) and plan.distribution != "custom":
+        found = plan_multiplier(plan, spec, problem)
+        if found < noise_multiplier * (1.0 - AGREEMENT):
+            raise PluginError(
+                f"mechanism {entry.name!r} of {entry.origin} must plan noise of multiplier {noise_multiplier:.9g} or "
+                f"more, as it says, got rows and heads that together have {found:.9g}; nothing was released. Correct "
+                "the plugin."
+            )
 
 
 def _price(entry: Entry, accountant: str | None, event: Event, spec: PrivacySpec, delta: float) -> float:

@@ -100,3 +100,29 @@ def gaussian_delta(epsilon: float, noise_multiplier: float) -> float:
     # the square is a few units in the last place off; a smaller exponent covers that and the products
     bound = 0.5 * math.exp(2.0**-50 - x * x / 2.0 * (1.0 - 2.0**-50)) * difference
     return min(1.0, max(bound, SMALLEST_NORMAL))
+
+
+def gaussian_epsilon(noise_multiplier: float, delta: float) -> float:
+    """The least epsilon of one Gaussian release at `delta`, rounded up; ``gaussian_delta`` there is at most `delta`.
+
+    Guarantee: tested (inverse of the calibration).
+    Args: noise_multiplier > 0, 0 < delta < 1.
+    Returns: 0 where the noise hides the record at that delta; inf where no float is large enough.
+    Raises: PrivacyParameterError.
+    Source: Balle & Wang 2018, Theorem 8.
+    """
+    positive("noise_multiplier", noise_multiplier, remedy="Without noise epsilon is infinite.")
+    fraction("delta", delta, zero=False, remedy="The Gaussian mechanism has no delta = 0.")
+    if gaussian_delta(0.0, noise_multiplier) <= delta:
+        return 0.0
+    low, high = 0.0, 1.0
+    while gaussian_delta(high, noise_multiplier) > delta:
+        low, high = high, high * 2.0
+        if math.isinf(high):
+            return high
+    while (middle := (low + high) / 2.0) not in (low, high):
+        if gaussian_delta(middle, noise_multiplier) <= delta:
+            high = middle
+        else:
+            low = middle
+    return high

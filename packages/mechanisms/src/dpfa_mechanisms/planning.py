@@ -7,8 +7,8 @@ from typing import Literal
 
 import numpy as np
 
-from dpfa_core.checks import positive, require
-from dpfa_core.spec import AttentionProblem, NoisePlan, Norm, PrivacySpec, Reasons, Sensitivity
+from dpfa_core.checks import integer, positive, require
+from dpfa_core.spec import AttentionProblem, NoisePlan, Norm, PrivacySpec, Reasons, Sensitivity, Structure
 from dpfa_mechanisms.sensitivity import reasons_against
 
 
@@ -24,17 +24,24 @@ def release_reasons(spec: PrivacySpec, problem: AttentionProblem, norm: Norm) ->
 
 def noise_plan(
     mechanism: str,
-    distribution: Literal["gaussian", "laplace"],
+    distribution: Literal["gaussian", "laplace", "discrete_gaussian"],
     norm: Norm,
     sensitivity: Sensitivity,
     noise_multipliers: tuple[float, ...],
     problem: AttentionProblem,
+    *,
+    structure: Structure | None = None,
+    row_scale: tuple[float, ...] = (1.0,),
+    grid: float = 0.0,
+    noiseless_heads: bool = False,
 ) -> NoisePlan:
     """Scales in output units, each rounded up to a float32.
 
     One multiplier belongs to the whole output. With one for each query head, multiplier h is relative to
     the sensitivity of one head, and the releases of the heads compose.
 
+    Args: `structure`, `row_scale` and `grid` go into the plan as they are. With `noiseless_heads` a multiplier
+    of 0 leaves its head as it is, and the whole release has no finite epsilon.
     Raises: PrivacyParameterError for another number of multipliers or a sensitivity in another norm.
     """
     heads = problem.q_heads
@@ -44,7 +51,8 @@ def noise_plan(
         noise_multipliers,
     )
     for multiplier in noise_multipliers:
-        positive("noise_multiplier", multiplier)
+        if not (noiseless_heads and multiplier == 0):
+            positive("noise_multiplier", multiplier)
     require(sensitivity.norm == norm, f"{mechanism} needs a sensitivity in {norm}", sensitivity.norm)
     per_head = sensitivity.value
     if len(noise_multipliers) > 1:
@@ -54,10 +62,32 @@ def noise_plan(
     return NoisePlan(
         mechanism=mechanism,
         distribution=distribution,
-        head_scale=tuple(_up(multiplier * per_head) for multiplier in noise_multipliers),
+        head_scale=tuple(_up(multiplier * per_head) if multiplier else 0.0 for multiplier in noise_multipliers),
+        row_scale=row_scale,
         norm=norm,
+        structure=structure,
+        grid=grid,
         transform="bm32" if narrow and distribution == "gaussian" else "bm64",
+        noiseless_heads=noiseless_heads,
     )
+
+
+def block_spectrum(head_dim: int, block_size: int, condition: float) -> tuple[tuple[float, ...], ...]:
+    """The eigenvalues of the public covariance of block-diagonal noise, block by block; the largest is 1.
+
+    In a block they fall geometrically from 1 to 1 / condition; a block of one column has the eigenvalue 1.
+    The last block has what is left of `head_dim`.
+
+    Args: `block_size` columns >= 1, `condition` >= 1.
+    Raises: PrivacyParameterError.
+    Source: PRIVACY P5.
+    """
+    integer("head_dim", head_dim, least=1)
+    integer("block_size", block_size, least=1)
+    positive("condition", condition)
+    require(condition >= 1, "condition must be at least 1", condition)
+    widths = [min(block_size, head_dim - first) for first in range(0, head_dim, block_size)]
+    return tuple(tuple(condition ** (-i / (width - 1)) if i else 1.0 for i in range(width)) for width in widths)
 
 
 def _up(value: float) -> float:

@@ -8,8 +8,9 @@ clip norm; the record's own row moves further, because with its query every logi
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -24,6 +25,9 @@ from dpfa_mechanisms.rounding import (
     weight_error,
 )
 from dpfa_mechanisms.visible import Floats, Visible
+
+if TYPE_CHECKING:
+    from dpfa_mechanisms.explain import Explanation
 
 SUM_MARGIN = 1.0 + 2.0**-30
 """Covers the float64 sums of this module."""
@@ -101,6 +105,14 @@ def sensitivity(spec: PrivacySpec, problem: AttentionProblem, norm: Norm = "l2")
     return _token(problem, norm, "public" if spec.queries == "public" else "private")
 
 
+def explain(spec: PrivacySpec, problem: AttentionProblem, norm: Norm = "l2") -> Explanation:
+    """Why ``sensitivity`` is what it is; see ``dpfa_mechanisms.explain``."""
+    # that module takes this one apart, so it is imported when it is asked for
+    from dpfa_mechanisms.explain import explain as take_apart
+
+    return take_apart(spec, problem, norm)
+
+
 def _rows(problem: AttentionProblem) -> int:
     """Released rows times heads of the longest batch row: R."""
     return max((pair[0] for pair in problem.lengths), default=problem.q_len) * problem.q_heads
@@ -150,8 +162,13 @@ def row_bounds(
     return others, tuple(own(n) for n in range(problem.kv_len + 1)) if queries == "private" else others
 
 
-def token_loads(visible: Visible, seen: Floats, own: Floats) -> tuple[Floats, Floats]:
+def token_loads(
+    visible: Visible, seen: Floats, own: Floats, queries: Literal["public", "private"] = "private"
+) -> tuple[Floats, Floats]:
     """What each token adds up to, if row i costs ``seen[i]`` to a key it sees and ``own[i]`` to its own token.
+
+    A private query changes its whole row, whether or not the row sees the token's key; a public one changes
+    nothing, and then the row costs its token what it costs any key it sees.
 
     Returns: (kv_len,) for the tokens that have a key, and (rows,) for those that are a query alone, because
     their row lies before the first key.
@@ -159,39 +176,68 @@ def token_loads(visible: Visible, seen: Floats, own: Floats) -> tuple[Floats, Fl
     key = visible.own_key
     loads = visible.over_rows(seen)
     here = key >= 0
-    np.add.at(loads, key[here], own[here] - np.where(visible.sees_itself, seen, 0.0)[here])
-    return loads, own[~here]
+    if queries == "private":
+        np.add.at(loads, key[here], own[here] - np.where(visible.sees_itself, seen, 0.0)[here])
+        return loads, own[~here]
+    return loads, np.zeros(int((~here).sum()))
+
+
+@dataclass(frozen=True)
+class WorstToken:
+    """The token with the largest load, and where it stands."""
+
+    load: float
+    batch_row: int
+    key: int | None
+    """None for a token that is a query alone."""
+    query: int | None
+    """The token's own row; None for a token that is a key alone."""
+
+
+def worst_token(
+    problem: AttentionProblem, seen: Floats, own: Floats, queries: Literal["public", "private"] = "private"
+) -> WorstToken:
+    """The first token with the largest load over all batch rows.
+
+    Args: costs of one row of one head, indexed by the number of keys it sees: (kv_len + 1,).
+    """
+    worst = WorstToken(0.0, 0, 0, None)
+    for batch_row in different_rows(problem):
+        visible = Visible.of(problem, batch_row)
+        loads, alone = token_loads(visible, seen[visible.counts], own[visible.counts], queries)
+        if loads.size and loads.max() > worst.load:
+            key = int(loads.argmax())
+            row = key - (visible.kv_len - visible.q_len)
+            worst = WorstToken(float(loads.max()), batch_row, key, row if 0 <= row < visible.q_len else None)
+        if alone.size and alone.max() > worst.load:
+            worst = WorstToken(float(alone.max()), batch_row, None, int(alone.argmax()))
+    return worst
 
 
 def _token(problem: AttentionProblem, norm: Norm, queries: Literal["public", "private"]) -> Sensitivity:
     seen, own = row_bounds(problem, norm, queries)
     power = 1 if norm == "l1" else 2
-    total, worst = heaviest_token(problem, np.array(seen) ** power, np.array(own) ** power)
+    worst = worst_token(problem, np.array(seen) ** power, np.array(own) ** power, queries)
     whole_row = 2.0 * output_norm(problem, norm)
     return Sensitivity(
         norm=norm,
-        value=(problem.q_heads * total) ** (1.0 / power) * SUM_MARGIN,
+        value=(problem.q_heads * worst.load) ** (1.0 / power) * SUM_MARGIN,
         naive=_whole(whole_row, _rows(problem), norm),
         item=f"P3.token.{queries}",
         row_bound=tuple(row * SUM_MARGIN for row in own),
-        worst_key=worst,
+        worst_key=worst.key or 0,
     )
 
 
-def heaviest_token(problem: AttentionProblem, seen: Floats, own: Floats) -> tuple[float, int]:
+def heaviest_token(
+    problem: AttentionProblem, seen: Floats, own: Floats, queries: Literal["public", "private"] = "private"
+) -> tuple[float, int]:
     """The largest load of one token over all batch rows, and the first key that has it (0 for a query alone).
 
     Args: costs of one row of one head, indexed by the number of keys it sees: (kv_len + 1,).
     """
-    best, worst = 0.0, 0
-    for batch_row in different_rows(problem):
-        visible = Visible.of(problem, batch_row)
-        loads, queries = token_loads(visible, seen[visible.counts], own[visible.counts])
-        if loads.size and loads.max() > best:
-            best, worst = float(loads.max()), int(loads.argmax())
-        if queries.size and queries.max() > best:
-            best, worst = float(queries.max()), 0
-    return best, worst
+    worst = worst_token(problem, seen, own, queries)
+    return worst.load, worst.key or 0
 
 
 def different_rows(problem: AttentionProblem) -> list[int]:

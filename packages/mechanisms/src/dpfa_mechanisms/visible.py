@@ -14,6 +14,8 @@ from dpfa_core.visibility import lengths, visible_range
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 
+ROWS_AT_ONCE = 256
+
 
 @dataclass(frozen=True)
 class Visible:
@@ -57,12 +59,18 @@ class Visible:
         own = self.own_key
         if self.matrix is None:
             return (own >= self.start) & (own < self.stop)
-        return np.where(own >= 0, self.matrix[np.arange(self.q_len), np.maximum(own, 0)], False)
+        itself = np.zeros(self.q_len, dtype=bool)
+        here = own >= 0
+        itself[here] = self.matrix[here, own[here]]
+        return itself
 
     def over_rows(self, weights: Floats) -> Floats:
         """(kv_len,): for each key, the sum of `weights` (q_len,) over the rows that see it."""
         if self.matrix is not None:
-            return np.asarray(weights @ self.matrix, dtype=np.float64)
+            sums = np.zeros(self.kv_len)
+            for rows in self._some_rows():
+                sums += weights[rows] @ self.matrix[rows]
+            return sums
         steps = np.zeros(self.kv_len + 1)
         np.add.at(steps, self.start, weights)
         np.subtract.at(steps, self.stop, weights)
@@ -72,6 +80,11 @@ class Visible:
     def over_keys(self, weights: Floats) -> Floats:
         """(q_len,): for each row, the sum of `weights` (kv_len,) over the keys it sees."""
         if self.matrix is not None:
-            return np.asarray(self.matrix @ weights, dtype=np.float64)
+            parts = [self.matrix[rows] @ weights for rows in self._some_rows()]
+            return np.concatenate([np.zeros(0), *parts])
         sums = np.concatenate([[0.0], np.cumsum(weights)])
         return np.asarray(np.maximum(sums[self.stop] - sums[self.start], 0.0), dtype=np.float64)
+
+    def _some_rows(self) -> list[slice]:
+        """A product turns bits into float64, so it takes a few rows at a time."""
+        return [slice(first, first + ROWS_AT_ONCE) for first in range(0, self.q_len, ROWS_AT_ONCE)]

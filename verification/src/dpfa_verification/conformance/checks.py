@@ -14,6 +14,7 @@ from dpfa_verification.conformance.level import Level, LevelName, level_named
 from dpfa_verification.conformance.mechanism import MechanismExamination, stated_claims
 from dpfa_verification.conformance.obligation import discharge
 from dpfa_verification.conformance.report import Finding, Report
+from dpfa_verification.conformance.selection import SelectionExamination
 
 LOAD = Claim("load", status="tested", source="the registry's rules")
 
@@ -30,9 +31,8 @@ def check_mechanism(name: str, *, level: LevelName = "default", **parameters: An
         if hasattr(mechanism, "add_noise") and not hasattr(mechanism, "plan"):
             text = "noise on a finished tensor has no plan to check; without dp_event it counts as not private"
             return ((Claim("slow_path"), "assumed", text),)
-        if mechanism.kind == "selection":
-            return ((Claim("selection"), "assumed", "this suite has no checks for selection"),)
-        findings = discharge(MechanismExamination(mechanism, chosen))
+        examination = SelectionExamination if mechanism.kind == "selection" else MechanismExamination
+        findings = discharge(examination(mechanism, chosen))
         return findings + stated_claims(mechanism, findings)
 
     return _report("mechanism", MECHANISMS, name, level, lambda: MECHANISMS.create(name, **parameters), examine)

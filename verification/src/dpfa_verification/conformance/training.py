@@ -190,6 +190,34 @@ class TrainingExamination:
             )
             holds(close, f"clipped_grad({kind!r}) with factor 0 on a NaN sample does not equal the sum of the others")
 
+    @obligation("per_sample_grad", "per-sample gradients in float64, and their weighted sum in place")
+    def per_sample_grad(self) -> None:
+        if "per_sample" not in self.backend.ops:
+            raise Undecided("the backend does not offer the operation per_sample")
+        for kind, saved, gradients in self.cases():
+            factors = torch.from_numpy(self.bench.dice.uniform(0.1, 1.0, len(gradients))).float()
+            factors = factors.to(self.bench.device)
+            total = self.bench.tensor(tuple(gradients.shape[1:]))
+            expected = total + self.backend.clipped_grad(kind, saved, factors)
+            found = self.backend.add_clipped_grad_(total, kind, saved, factors)
+            holds(found.data_ptr() == total.data_ptr(), f"add_clipped_grad_({kind!r}) must work in place")
+            size = 1.0 + float(expected.abs().max())
+            apart = float((found - expected).abs().max())
+            holds(apart <= 1e-4 * size, f"add_clipped_grad_({kind!r}) is {apart:.2g} away from clipped_grad()")
+            if kind != "linear":
+                continue
+            terms = self.true(kind, tuple(x.abs() if isinstance(x, Tensor) else x for x in saved))
+            formed = self.backend.per_sample_grad(kind, saved)
+            holds(
+                formed.dtype == torch.float32 and formed.shape == gradients.shape,
+                f"per_sample_grad({kind!r}) must be float32 {tuple(gradients.shape)}, it is {formed.dtype} "
+                f"{tuple(formed.shape)}",
+            )
+            for sample in range(len(gradients)):
+                difference = float((formed[sample].double().cpu() - gradients[sample]).norm())
+                allowed = 3e-6 * (float(terms[sample].norm()) + 1e-30)
+                holds(difference <= allowed, f"per_sample_grad({kind!r}) is {difference:.2g} away in sample {sample}")
+
     def generators(self) -> list[str]:
         found = []
         for generator in GENERATORS:

@@ -7,7 +7,19 @@ from __future__ import annotations
 
 from mpmath import exp, log, mp, mpf, ncdf, sqrt
 
-from dpfa_core.events import EpsilonDelta, Event, FixedSizeSampled, Gaussian, Laplace, NonPrivate, PoissonSampled
+from dpfa_core.events import (
+    BallsInBins,
+    DiscreteGaussian,
+    EpsilonDelta,
+    Event,
+    Exponential,
+    FixedSizeSampled,
+    Gaussian,
+    Laplace,
+    NonPrivate,
+    PoissonSampled,
+    RandomizedResponse,
+)
 
 DIGITS = 60
 
@@ -76,6 +88,33 @@ def approximate(epsilon: float | mpf, event: EpsilonDelta) -> mpf:
         return failure + (1 - failure) * (exp(known) - exp(mpf(epsilon))) / (1 + exp(known))
 
 
+def discrete_gaussian(epsilon: float | mpf, noise_multiplier: float) -> mpf:
+    """On whole numbers, moved by 1: the coarsest grid. The limit of fine grids is `gaussian`."""
+    with mp.workdps(DIGITS):
+        square, factor = 2 * mpf(noise_multiplier) ** 2, exp(mpf(epsilon))
+        far = int(20 * noise_multiplier) + 20
+        masses = {x: exp(-(mpf(x) ** 2) / square) for x in range(-far - 1, far + 2)}
+        moved = sum(max(mpf(0), masses[x - 1] - factor * masses[x]) for x in range(-far, far + 2))
+        return moved / sum(masses.values())
+
+
+def randomized_response(epsilon: float | mpf, event: RandomizedResponse) -> mpf:
+    """The own answer of one record, which is the other's only by chance."""
+    with mp.workdps(DIGITS):
+        other = mpf(event.noise_parameter) / event.num_buckets
+        return max(mpf(0), 1 - mpf(event.noise_parameter) + other - exp(mpf(epsilon)) * other)
+
+
+def selection(epsilon: float | mpf, event: Exponential) -> mpf:
+    """The exponential mechanism where one answer gains the whole epsilon on all others, at its worst share."""
+    with mp.workdps(DIGITS):
+        gain, factor = exp(mpf(event.epsilon)), exp(mpf(epsilon))
+        if factor >= gain:
+            return mpf(0)
+        share = (sqrt(gain / factor) - 1) / (gain - 1)
+        return share * gain / (1 + share * (gain - 1)) - factor * share
+
+
 def at_least(event: Event, epsilon: float | mpf) -> mpf | None:
     """A delta that one release of `event` has at `epsilon`, or None for an event without a formula here."""
     match event:
@@ -87,6 +126,15 @@ def at_least(event: Event, epsilon: float | mpf) -> mpf | None:
             return laplace(epsilon, noise_multiplier)
         case EpsilonDelta():
             return approximate(epsilon, event)
+        case DiscreteGaussian(noise_multiplier):
+            return max(gaussian(epsilon, 1 / mpf(noise_multiplier)), discrete_gaussian(epsilon, noise_multiplier))
+        case RandomizedResponse():
+            return randomized_response(epsilon, event)
+        case Exponential():
+            return selection(epsilon, event)
+        case BallsInBins(bins, 1, Gaussian(noise_multiplier), "add_or_remove"):
+            # of all bins, only the first is looked at
+            return sampled_gaussian(epsilon, 1 / mpf(bins), 1 / mpf(noise_multiplier))
         case PoissonSampled(probability, Gaussian(noise_multiplier), "add_or_remove"):
             return sampled_gaussian(epsilon, probability, 1 / mpf(noise_multiplier))
         case PoissonSampled(probability, Gaussian(noise_multiplier), "replace"):
