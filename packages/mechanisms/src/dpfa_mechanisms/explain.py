@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from decimal import ROUND_CEILING, Context, Decimal
 from typing import Literal
 
 import numpy as np
@@ -206,7 +207,7 @@ def _remedies(spec: PrivacySpec, problem: AttentionProblem, norm: Norm, visible:
         public = dataclasses.replace(spec, queries="public")
         private_value, public_value = (sensitivity(each, problem, norm).value for each in (spec, public))
         if public_value < private_value * (1.0 - SHOWN):
-            remedies.append(f'queries="public" ({public_value:.4g}), if the queries hold no part of a record')
+            remedies.append(f'queries="public" ({_up(public_value)}), if the queries hold no part of a record')
     return f"What would lower it: {'; '.join(remedies)}."
 
 
@@ -214,8 +215,8 @@ def _saved(tight: float, naive: float) -> str:
     if tight <= 0:
         return "The sensitivity is 0."
     if tight >= naive * (1.0 - 1e-9):
-        return f"The bound is the naive one, {naive:.4g}."
-    return f"The bound is {tight:.4g} where the naive one is {naive:.4g}: {naive / tight:.3g} times less noise."
+        return f"The bound is the naive one, {_up(naive)}."
+    return f"The bound is {_up(tight)} where the naive one is {_up(naive)}: {naive / tight:.3g} times less noise."
 
 
 def _floating_point(spec: PrivacySpec, problem: AttentionProblem, norm: Norm, value: float) -> tuple[str, ...]:
@@ -229,3 +230,8 @@ def _floating_point(spec: PrivacySpec, problem: AttentionProblem, norm: Norm, va
 
 def _count(number: int, name: str) -> str:
     return f"{number} {name}{'' if number == 1 else 's'}"
+
+
+def _up(value: float) -> str:
+    """Four digits, never below the value."""
+    return f"{Decimal(value).normalize(Context(prec=4, rounding=ROUND_CEILING)):f}" if value else "0"
