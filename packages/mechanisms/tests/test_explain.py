@@ -82,7 +82,7 @@ def test_a_query_without_a_key_can_be_the_worst_token() -> None:
         ("public", "causal", "with 1 to 32 visible keys each; the fewer keys a row sees, the more weight"),
         ("public", "causal", "not releasing the rows that see the fewest keys (1 key), or letting them see more"),
         ("public", "dense", "a smaller logit_bound (it is 0.5)"),
-        ("public", "dense", "The bound is 1.29 where the naive one is 16: 12.4 times less noise."),
+        ("public", "dense", "The bound is 1.29 where the naive one is 16.01: 12.4 times less noise."),
     ],
 )
 def test_sentences_say_what_makes_the_bound(queries: str, case: str, text: str) -> None:
