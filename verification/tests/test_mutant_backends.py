@@ -166,6 +166,18 @@ def poisoned_sum(true: Any, kind: str, saved: Any, factors: Any) -> Any:
     return true(kind, saved, factors) + spoilt
 
 
+def in_bfloat16(true: Any, kind: str, saved: Any, **rest: Any) -> Any:
+    return true(kind, tuple(x.bfloat16().float() for x in saved), **rest)
+
+
+def beside_the_total(true: Any, total: Any, *rest: Any) -> Any:
+    return true(total.clone(), *rest)
+
+
+def overwriting_the_total(true: Any, total: Any, *rest: Any) -> Any:
+    return true(total.zero_(), *rest)
+
+
 def training(**changes: Callable[[Any], Any]) -> Callable[..., Any]:
     """add_noise_ with some of its arguments changed."""
 
@@ -241,6 +253,9 @@ MUTANTS: list[tuple[str, dict[str, Callable[..., Any]]]] = [
     ("clipped_grad", {"clipped_grad": factors_in_bfloat16}),
     ("clipped_grad", {"clipped_grad": lambda true, *arguments: true(*arguments).bfloat16().float()}),
     ("clipped_grad_leaves_out", {"clipped_grad": poisoned_sum}),
+    ("per_sample_grad", {"per_sample_grad": in_bfloat16}),
+    ("per_sample_grad", {"add_clipped_grad_": beside_the_total}),
+    ("per_sample_grad", {"add_clipped_grad_": overwriting_the_total}),
     ("training_noise_law", {"add_noise_": training(std=lambda std: 0.97 * std)}),
     ("training_noise_adds", {"add_noise_": replaced_by_noise}),
     ("training_noise_adds", {"add_noise_": noise_at_std_zero}),

@@ -22,7 +22,7 @@ def test_registry_finds_the_backend_through_its_entry_point() -> None:
     backend = BACKENDS.create("torch")
     assert isinstance(backend, TorchBackend)
     assert (backend.contract_version, backend.name) == (1, "torch")
-    assert backend.ops == {"release", "privatize", "training"}
+    assert backend.ops == {"release", "privatize", "training", "per_sample"}
 
 
 def test_supported_problem_has_no_reasons(backend: TorchBackend, problem: Callable, plan: Callable) -> None:
