@@ -5,6 +5,7 @@ from training_models import TinyText, TinyViT, images, texts
 
 from dpfa_core.errors import NotPrivateError
 from dpfa_core.selection import backend
+from dpfa_training.per_sample import linear
 from dpfa_training.recording import Recording
 from dpfa_training.self_check import self_check
 
@@ -83,14 +84,21 @@ def test_a_wrong_rule_is_refused(monkeypatch):
     right = type(kernels).sqnorm
 
     def half(self, kind, saved, *, method="auto"):
-        return right(self, kind, saved, method=method) * (0.5 if kind == "scale" else 1.0)
+        return right(self, kind, saved, method=method) * (0.5 if saved[-1].shape[1:] == (16,) else 1.0)
 
     monkeypatch.setattr(type(kernels), "sqnorm", half)
-    with pytest.raises(NotPrivateError, match=r"norm\.weight"):
+    with pytest.raises(NotPrivateError, match=r"norm\.weight|patch\.bias"):
         check(TinyViT(), images(6)[0])
 
 
-def test_batch_dimension_second_is_refused():
+def test_a_gradient_of_the_right_norm_in_another_direction_is_refused(monkeypatch):
+    right = linear.token_sum
+    monkeypatch.setattr(linear, "token_sum", lambda g: right(g).flip(1))
+    with pytest.raises(NotPrivateError, match=r"'head\.bias'|'qkv\.bias'|'patch\.bias'"):
+        check(TinyViT(), images(6)[0])
+
+
+def test_a_sequence_that_comes_first_inside_is_found():
     class SequenceFirst(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -99,5 +107,24 @@ def test_batch_dimension_second_is_refused():
         def forward(self, x):
             return self.linear(x.transpose(0, 1)).mean(0)
 
-    with pytest.raises(NotPrivateError, match="one row per sample in dimension 0"):
-        check(SequenceFirst(), torch.randn(6, 5, 4))
+    assert check(SequenceFirst(), torch.randn(6, 5, 4)) == 4
+    assert check(SequenceFirst(), torch.randn(4, 4, 4)) == 4
+
+
+def test_coupling_that_leaves_the_norms_of_one_batch_right_is_refused():
+    class ScaledByTheFirst(nn.Module):
+        """The first sample sets the scale of all; alone, each is its own first."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.linear(x) * x[:1].norm().detach()
+
+    with pytest.raises(NotPrivateError, match="samples influence one another"):
+        check(ScaledByTheFirst(), torch.randn(6, 4) * torch.arange(1.0, 7.0)[:, None])
+
+
+def test_one_sample_alone_is_a_check_of_nothing_more():
+    assert check(TinyText(), texts(1)[0]) == 1

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import nn
+
+from dpfa_training import clipped_gradients
 
 
 class TinyViT(nn.Module):
@@ -85,3 +92,45 @@ def clipped_truth(
     factors = (bound / norms).clamp(max=1)
     sums = {name: sum(f * one[name] for f, one in zip(factors, gradients, strict=True)) for name in gradients[0]}
     return sums, norms
+
+
+Loss = Callable[[nn.Module, Any], torch.Tensor]
+
+
+def assert_exact(module: nn.Module, losses: Loss, batch: Any, *, tolerance: float = 1e-5, shares: Any = (0.5,)) -> None:
+    """Norms, sums and clipped sums of the engine against plain autograd in float64, one sample at a time.
+
+    Each bound is `shares` times the median norm. The norms may lie above the exact ones by 1e-4, and by no
+    more than rounding below.
+    """
+    plain = copy.deepcopy(module).double()
+    rows = len(torch.utils._pytree.tree_leaves(batch)[0])
+    names = {name: p for name, p in plain.named_parameters() if p.requires_grad}
+    exact = []
+    for index in range(rows):
+        own = torch.utils._pytree.tree_map(lambda x, at=index: _double(x[at : at + 1]), batch)
+        found = torch.autograd.grad(losses(plain, own).sum(), list(names.values()), allow_unused=True)
+        filled = [torch.zeros_like(p) if g is None else g for p, g in zip(names.values(), found, strict=True)]
+        exact.append(torch.cat([gradient.flatten() for gradient in filled]))
+    gradients = torch.stack(exact)
+    norms = gradients.norm(dim=1)
+    for bound in (math.inf, *(share * float(norms.median()) for share in shares)):
+        sums, found_norms = clipped_gradients(module, losses, batch, max_grad_norm=bound)
+        assert torch.all(found_norms >= norms * (1 - 1e-6 - tolerance / 10)), (found_norms / norms).min()
+        assert torch.all(found_norms <= norms * (1 + 1e-4 + tolerance)), (found_norms / norms).max()
+        factors = (bound / found_norms).clamp(max=1)
+        truth = (factors[:, None] * gradients).sum(0)
+        zero = {name: torch.zeros_like(p) for name, p in names.items()}
+        ours = torch.cat([(zero | sums)[name].double().flatten() for name in names])
+        error = float((ours - truth).norm() / truth.norm())
+        assert error <= tolerance, (error, _where(ours, truth, names))
+
+
+def _double(x: torch.Tensor) -> torch.Tensor:
+    return x.double() if x.is_floating_point() else x
+
+
+def _where(ours: torch.Tensor, truth: torch.Tensor, names: dict[str, torch.Tensor]) -> dict[str, float]:
+    sizes = [p.numel() for p in names.values()]
+    parts = zip(names, ours.split(sizes), truth.split(sizes), strict=True)
+    return {name: float((a - b).norm() / truth.norm()) for name, a, b in parts if (a - b).norm() > 1e-6 * truth.norm()}

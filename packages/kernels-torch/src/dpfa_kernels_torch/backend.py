@@ -160,6 +160,7 @@ class TorchBackend:
         | scale | normalised input [B, T, d], output gradient [B, T, d] |
         | shift | output gradient [B, T, p] |
         | bare | gradient of each sample [B, *shape] |
+        | tied | ids [B, S], their gradient [B, S, d], rows, padding_idx or None, hidden [B, T, d], logits' gradient |
 
         Guarantee: tested (against exact per-sample gradients; cancellation and bfloat16 cases by name).
         Args: method: for "linear" also "direct" or "gram"; "auto" takes the one with fewer multiplications.
@@ -209,13 +210,15 @@ class TorchBackend:
         what is summed.
 
         Guarantee: tested (against exact per-sample gradients).
-        Args: kind: "linear"; saved: as in ``sqnorm``; out: float32 memory to use, [B, *shape].
+        Args: kind: "linear" or "tied"; saved: as in ``sqnorm``; out: float32 memory to use, [B, *shape].
         Returns: float32 (float64 for float64 inputs) [B, *shape]; `out` itself where it fits.
         Raises: PrivacyParameterError for a kind that has no such form, or shapes that do not fit.
         """
         rule = _rule(kind)
         if rule.per_sample is None:
-            raise PrivacyParameterError(f"per_sample_grad offers the kind 'linear', got {kind!r}; use sqnorm.")
+            raise PrivacyParameterError(
+                f"per_sample_grad offers the kinds 'linear' and 'tied', got {kind!r}; use sqnorm."
+            )
         with plain_arithmetic(rule.gradient(saved).device):
             return rule.per_sample(saved, out)
 

@@ -1,52 +1,77 @@
-"""Flat clipping: one norm for each sample over all parameters, then one clipped sum for each parameter."""
+"""How much of its gradient a sample may add: a factor for each group of parameters."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 
-from dpfa_training.tape import Note, Tape
+from dpfa_core.checks import one_of, positive, require
 
-ROUNDING = 1 - 2.0**-22
-"""Clip factors are lowered by more than the error of rounding them to float32."""
+ROUNDING = 1 - 2.0**-21
+"""Factors are lowered by more than their own rounding to float32, and that of the products with them, can add."""
+
+SHRINK = 0.01
+"""Added to the norm by "automatic" clipping, so that small gradients keep some of their order."""
+
+PIECE = "#"
+"""Between a parameter's name and the number of one of its pieces."""
 
 
-def clipped_sums(
-    backend: Any, tape: Tape, *, weights: torch.Tensor, max_grad_norm: float, scale: float
-) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """The clipped gradient sums of a finished tape, and every sample's norm bound.
+@dataclass(frozen=True)
+class Cut:
+    """A parameter cut along one axis into pieces that belong to groups of their own (one head each, say)."""
 
-    Guarantee: tested. Each sample adds at most ``max_grad_norm`` in l2 norm to the sums, jointly over all
-    parameters. A sample whose gradient is not finite adds nothing; its norm is reported as it is.
+    axis: Literal[0, 1]
+    sizes: tuple[int, ...]
 
-    Args:
-        weights: (B,) 1 for a sample of the draw, 0 for padding.
-        scale: what turns the noted gradients into those of the samples' own losses (B under "mean").
+    def names(self, parameter: str) -> list[str]:
+        """What the pieces are called in ``Clipping.group_of``."""
+        return [f"{parameter}{PIECE}{index}" for index in range(len(self.sizes))]
 
-    Returns: ({parameter: float32 sum in the backend's shape}, norms (B,) float64).
-    Source: Abadi et al. 2016, Algorithm 1; Bu et al. 2023 (book-keeping).
+
+@dataclass(frozen=True)
+class Clipping:
+    """Thresholds by group of parameters, and the rule that turns a norm into a factor.
+
+    With the rule "abadi" a sample adds c = min(1, C / norm) of its gradient, with "automatic" c = C / (norm +
+    0.01). Either way it adds at most C_g to group g, and sqrt(sum_g C_g^2) to all.
+
+    Guarantee: tested (rounding included).
+    Source: Abadi et al. 2016; Bu et al. 2023, "Automatic Clipping"; McMahan et al. 2018 (groups).
     """
-    notes = dict(tape.merged())
-    squares = [backend.sqnorm(note.kind, note.saved).double() for note in notes.values()]
-    norms = torch.stack(squares).sum(0).sqrt() * scale
-    finite = norms.isfinite()
-    if not bool(finite.all()):
-        notes = {name: _without(note, finite) for name, note in notes.items()}
-    shrink = (max_grad_norm / norms.clamp_min(torch.finfo(torch.float64).tiny)) * ROUNDING
-    factors = torch.where(norms <= max_grad_norm, torch.ones_like(norms), shrink)
-    factors = torch.where(finite, factors * scale * weights.to(norms), torch.zeros_like(norms)).float()
-    sums = {name: backend.clipped_grad(note.kind, note.saved, factors) for name, note in notes.items()}
-    return sums, norms
 
+    thresholds: tuple[float, ...]
+    group_of: Mapping[str, int] = field(default_factory=dict, hash=False)
+    """Parameter, or piece of one, to group; those not named are in group 0."""
+    rule: Literal["abadi", "automatic"] = "abadi"
+    cuts: Mapping[str, Cut] = field(default_factory=dict, hash=False)
+    """Parameters that belong to several groups."""
 
-def _without(note: Note, keep: torch.Tensor) -> Note:
-    """The note with the rows of the other samples set to zero (a factor of 0 would leave NaN)."""
+    def __post_init__(self) -> None:
+        require(bool(self.thresholds), "thresholds must hold at least one number", self.thresholds)
+        for threshold in self.thresholds:
+            positive("each clip threshold", threshold, finite=self.rule == "automatic")
+        one_of("rule", self.rule, ("abadi", "automatic"))
+        for name, group in self.group_of.items():
+            known = 0 <= group < len(self.thresholds)
+            require(known, f"the group of {name!r} must be one of the {len(self.thresholds)} thresholds", group)
 
-    def zeroed(item: Any) -> Any:
-        if not isinstance(item, torch.Tensor) or not item.is_floating_point():
-            return item
-        return torch.where(keep.view(-1, *[1] * (item.dim() - 1)), item, torch.zeros_like(item))
+    @classmethod
+    def flat(cls, max_grad_norm: float) -> Clipping:
+        """One norm over all parameters."""
+        return cls((max_grad_norm,))
 
-    return replace(note, saved=tuple(zeroed(item) for item in note.saved))
+    def group(self, parameter: str) -> int:
+        return self.group_of.get(parameter, 0)
+
+    def factors(self, norms: torch.Tensor) -> torch.Tensor:
+        """(groups, B) norms to factors, both float64; 0 for a sample that is not finite in some group."""
+        thresholds = torch.tensor(self.thresholds, dtype=norms.dtype, device=norms.device).unsqueeze(1) * ROUNDING
+        if self.rule == "automatic":
+            factors = thresholds / (norms + SHRINK)
+        else:
+            factors = (thresholds / norms).clamp(max=1.0)  # a norm of 0 gives 1
+        return torch.where(norms.isfinite().all(0), factors, 0.0)

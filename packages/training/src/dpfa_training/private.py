@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+import sys
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
 from dpfa_accounting.calibration import calibrate_noise_multiplier
-from dpfa_core.checks import fraction, integer, one_of, positive
+from dpfa_core.checks import fraction, integer, one_of, positive, require
 from dpfa_core.errors import LedgerError, PrivacyParameterError
-from dpfa_core.events import Gaussian, PoissonSampled, SelfComposed
 from dpfa_core.ledger import Ledger
 from dpfa_kernels_torch.noise.keys import KeySource
+from dpfa_training.adaptive_clipping import QuantileClipping
 from dpfa_training.engine import Engine
 from dpfa_training.guard import engine_of_parameter
-from dpfa_training.plan import Reduction, Sampling, TrainingPlan
-from dpfa_training.sampling import PoissonLoader, PoissonSampler, check_loader
+from dpfa_training.plan import Reduction, Sampling, TrainingPlan, TrainingUnit
+from dpfa_training.sampling import Draws, MemoryProbe, PrivateLoader, Users, check_loader
+
+Clips = str | Mapping[str, float] | QuantileClipping
+PhysicalBatchSize = int | Literal["auto"] | None
 
 
 def make_private(
@@ -28,46 +34,64 @@ def make_private(
     noise_multiplier: float,
     max_grad_norm: float,
     sampling: Sampling = "poisson",
-    clipping: str = "flat",
+    clipping: Clips = "flat",
     reduction: Reduction = "mean",
-    max_physical_batch_size: int | None = None,
+    max_physical_batch_size: PhysicalBatchSize = None,
     ledger: Ledger | None = None,
     seed: int | None = None,
+    max_batch: int | None = None,
+    unit: TrainingUnit = "example",
+    user_ids: Sequence[Hashable] | None = None,
 ) -> tuple[nn.Module, torch.optim.Optimizer, Any]:
     """Train `module` by DP-SGD in the loop you have: iterate, forward, ``loss.backward()``, step.
 
-    Guarantee: tested. Unit "example", relation "add_or_remove"; see ``engine_of(module).get_epsilon``.
+    Guarantee: tested. Unit "example" or "user"; relation "add_or_remove", or "replace" with fixed-size sampling;
+    see ``engine_of(module).get_epsilon``.
 
     Args:
         module: layers with a rule (Linear, Embedding, LayerNorm, Conv2d patches) and bare parameters of
             shape (1, ...); samples in dimension 0. It is used in place.
         optimizer: any torch optimiser over exactly the trainable parameters.
-        data_loader: a plain DataLoader; its batch size becomes the expected batch size, its order is
-            replaced by Poisson sampling.
-        noise_multiplier: std of the noise on the sum of clipped gradients / `max_grad_norm`; 0 is training
-            without privacy, recorded as such.
-        max_grad_norm: clip threshold of one example's whole gradient, l2.
-        sampling: "poisson"; "none" keeps the loader as it is and needs ``noise_multiplier=0``.
+        data_loader: a plain DataLoader over a map-style dataset; its batch size becomes the expected batch size,
+            in units, and its order is replaced. Workers, collation and pinning stay; ``drop_last`` is without
+            effect, since no batch is a short rest.
+        noise_multiplier: std of the noise on the sum of clipped gradients / the sensitivity of that sum, which
+            is `max_grad_norm`, and twice that for "fixed_size"; 0 is training without privacy, recorded as such.
+        max_grad_norm: clip threshold of one unit's whole gradient, l2.
+        sampling: "poisson"; "fixed_size" (as many as the batch size, without replacement); "balls_in_bins"
+            (each epoch every unit falls into one batch; an epoch is charged as a whole before its first step);
+            "truncated_poisson" (at most `max_batch`); "none" keeps the loader as it is and needs
+            ``noise_multiplier=0``.
+        clipping: "flat" (one norm); "per_layer" or "per_head" (C / sqrt(groups) for each); "automatic" (C / (norm +
+            0.01)); {parameter or prefix: threshold}, whose squares add up to at most C squared; or a
+            ``QuantileClipping``, whose threshold begins at C. The event is the same for all.
         reduction: "mean" or "sum": how your loss joins the rows of a batch.
         max_physical_batch_size: rows held in memory at once; call backward and step for each part as usual.
+            "auto" serves the first draw in small parts and chooses from the memory that they needed; draws and
+            noise stay the same.
         ledger: where each step is recorded before it is taken; by default one in memory.
         seed: makes noise and sampling reproducible, and *not secure*; None draws keys from the system.
+        max_batch: largest draw under "truncated_poisson", in units.
+        unit: "example", one record; "user", all records of one user, whose gradients are summed before the clip.
+        user_ids: for "user": the user of each record, in the order of the dataset.
 
     Returns: (the same module, the same optimiser, the loader to iterate over).
     Raises: PrivacyParameterError, NotPrivateError (what cannot be covered, by name), LedgerError.
     Source: Abadi et al. 2016.
     """
-    records, batch_size = check_loader(data_loader)
+    users, population, batch_size = _units(data_loader, unit, user_ids)
     plan = TrainingPlan(
         noise_multiplier=noise_multiplier,
         max_grad_norm=max_grad_norm,
-        population=records,
+        population=population,
         expected_batch_size=batch_size,
         sampling=sampling,
         clipping=clipping,  # type: ignore[arg-type]
         reduction=reduction,
+        max_batch=max_batch,
+        unit=unit,
     )
-    return attach(module, optimizer, data_loader, plan, max_physical_batch_size, ledger, seed, None)
+    return attach(module, optimizer, data_loader, plan, max_physical_batch_size, ledger, seed, None, users)
 
 
 def make_private_with_epsilon(
@@ -79,34 +103,42 @@ def make_private_with_epsilon(
     target_delta: float,
     epochs: int,
     max_grad_norm: float,
-    clipping: str = "flat",
+    clipping: Clips = "flat",
     reduction: Reduction = "mean",
-    max_physical_batch_size: int | None = None,
+    max_physical_batch_size: PhysicalBatchSize = None,
     ledger: Ledger | None = None,
     seed: int | None = None,
+    sampling: Sampling = "poisson",
+    max_batch: int | None = None,
+    unit: TrainingUnit = "example",
+    user_ids: Sequence[Hashable] | None = None,
 ) -> tuple[nn.Module, torch.optim.Optimizer, Any]:
     """``make_private`` with the least noise for (`target_epsilon`, `target_delta`) after `epochs` epochs.
 
-    An epoch is ``len(loader)`` steps. A step beyond the last planned one, or beyond the ledger's budget,
-    raises ``BudgetExhausted`` before the parameters change.
+    Calibrated for the event that runs, at as many steps as run: an epoch is ``len(loader)`` steps. A step
+    beyond the last planned one, or beyond the ledger's budget, raises ``BudgetExhausted`` before the
+    parameters change.
     """
     integer("epochs", epochs, least=1)
-    records, batch_size = check_loader(data_loader)
-    steps = epochs * -(-records // batch_size)
+    users, population, batch_size = _units(data_loader, unit, user_ids)
     plan = plan_for_target(
         target_epsilon=target_epsilon,
         target_delta=target_delta,
-        steps=steps,
+        steps=epochs * -(-population // batch_size),
         max_grad_norm=max_grad_norm,
-        population=records,
+        population=population,
         expected_batch_size=batch_size,
         clipping=clipping,
         reduction=reduction,
+        sampling=sampling,
+        max_batch=max_batch,
+        unit=unit,
     )
+    steps = epochs * plan.steps_per_epoch
     if ledger is None:
-        ledger = Ledger.memory(unit="example", relation=plan.relation, delta=target_delta, budget=target_epsilon)
-    ledger.foresee(plan.event(), steps)
-    return attach(module, optimizer, data_loader, plan, max_physical_batch_size, ledger, seed, steps)
+        ledger = Ledger.memory(unit=unit, relation=plan.relation, delta=target_delta, budget=target_epsilon)
+    ledger.foresee(plan.event(), plan.charges(steps))
+    return attach(module, optimizer, data_loader, plan, max_physical_batch_size, ledger, seed, steps, users)
 
 
 def plan_for_target(
@@ -117,32 +149,30 @@ def plan_for_target(
     max_grad_norm: float,
     population: int,
     expected_batch_size: int,
-    clipping: str = "flat",
+    clipping: Clips = "flat",
     reduction: Reduction = "mean",
+    sampling: Sampling = "poisson",
+    max_batch: int | None = None,
+    unit: TrainingUnit = "example",
 ) -> TrainingPlan:
     """The plan with the least noise multiplier, rounded up, for a target after `steps` steps."""
     positive("target_epsilon", target_epsilon, remedy="For training without privacy use noise_multiplier=0.")
     fraction("target_delta", target_delta, zero=False)
-    one_of("clipping", clipping, ("flat",))
     draft = TrainingPlan(
         noise_multiplier=1.0,
         max_grad_norm=max_grad_norm,
         population=population,
         expected_batch_size=expected_batch_size,
+        sampling=sampling,
         reduction=reduction,
+        max_batch=max_batch,
+        unit=unit,
     )
     noise_multiplier = calibrate_noise_multiplier(
-        lambda value: SelfComposed(PoissonSampled(draft.sampling_probability, Gaussian(value), draft.relation), steps),
-        target_epsilon,
-        target_delta,
+        lambda value: dataclasses.replace(draft, noise_multiplier=value).total(steps), target_epsilon, target_delta
     )
-    return TrainingPlan(
-        noise_multiplier=noise_multiplier,
-        max_grad_norm=max_grad_norm,
-        population=population,
-        expected_batch_size=expected_batch_size,
-        reduction=reduction,
-    )
+    # the event is the same for every clipping
+    return dataclasses.replace(draft, noise_multiplier=noise_multiplier, clipping=clipping)  # type: ignore[arg-type]
 
 
 def attach(
@@ -150,17 +180,20 @@ def attach(
     optimizer: torch.optim.Optimizer,
     data_loader: DataLoader[Any],
     plan: TrainingPlan,
-    max_physical_batch_size: int | None,
+    max_physical_batch_size: PhysicalBatchSize,
     ledger: Ledger | None,
     seed: int | None,
     planned_steps: int | None,
+    users: Users | None = None,
 ) -> tuple[nn.Module, torch.optim.Optimizer, Any]:
     """Build the engine of `plan` and the loader that feeds it."""
+    if isinstance(max_physical_batch_size, str):
+        one_of("max_physical_batch_size", max_physical_batch_size, ("auto",), "Or give a number of rows.")
     if ledger is None:
-        ledger = Ledger.memory(unit="example", relation=plan.relation)
-    if ledger.unit not in (None, "example"):
+        ledger = Ledger.memory(unit=plan.unit, relation=plan.relation)
+    if ledger.unit not in (None, plan.unit):
         raise LedgerError(
-            f'training needs a ledger with unit="example", got {ledger.unit!r}; open one for this training.'
+            f'training needs a ledger with unit="{plan.unit}", got {ledger.unit!r}; open one for this training.'
         )
     keys = KeySource(seed, generator="chacha20")
     engine = Engine(
@@ -168,8 +201,30 @@ def attach(
     )
     if plan.sampling == "none":
         return module, optimizer, data_loader
-    sampler = PoissonSampler(plan, keys, max_physical_batch_size)
-    return module, optimizer, PoissonLoader(data_loader, sampler, engine.announce)
+    rows = max_physical_batch_size
+    limit = MemoryProbe(module, engine.physical_batch_size) if isinstance(rows, str) else rows
+    engine.draws = Draws(plan.sampler(), keys, limit, users)
+    return module, optimizer, PrivateLoader(data_loader, engine.draws, engine)
+
+
+def _units(
+    loader: DataLoader[Any], unit: TrainingUnit, user_ids: Sequence[Hashable] | None
+) -> tuple[Users | None, int, int]:
+    """(grouping of the records, number of units, units in a batch)."""
+    one_of("unit", unit, ("example", "user"))
+    require(
+        (user_ids is not None) == (unit == "user"),
+        'user_ids must be given for unit="user" and for nothing else',
+        f"unit={unit!r} with{'out' if user_ids is None else ''} user_ids",
+        "Name the user of each record.",
+    )
+    if user_ids is None:
+        records, size = check_loader(loader)
+        return None, records, size
+    check_loader(loader, batch_of="users", units=sys.maxsize)
+    users = Users(user_ids, len(loader.dataset))  # type: ignore[arg-type]
+    check_loader(loader, batch_of="users", units=len(users))
+    return users, len(users), loader.batch_size or 0
 
 
 def engine_of(module: nn.Module) -> Engine:

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 from dpfa_core.errors import NotPrivateError
+from dpfa_training.per_sample.materialise import materialise
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,20 @@ class Tape:
     finish: Callable[[Tape], None]
     """Called once, when the backward pass that wrote the notes has ended."""
     notes: dict[str, list[Note]] = field(default_factory=dict)
+    begun: bool = False
     closed: bool = False
+    on_begin: Callable[[], None] = lambda: None
+    on_end: Callable[[], None] = lambda: None
+
+    def watch(self, output: Any) -> None:
+        """Begin when a gradient reaches one of the tensors in `output`.
+
+        There the callback belongs to the outermost backward; a checkpointed block that recomputes runs a
+        backward of its own inside.
+        """
+        for leaf in pytree.tree_leaves(output):
+            if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
+                leaf.register_hook(self._reached)  # type: ignore[no-untyped-call]
 
     def add(self, parameter: str, kind: str, *saved: Any) -> None:
         """Write down one use; the first dimension of every saved tensor must be the sample."""
@@ -42,13 +57,23 @@ class Tape:
                     f"{parameter!r} must see one row per sample in dimension 0 ({self.rows} rows), got a "
                     f"tensor of shape {tuple(item.shape)}; keep the batch dimension first, or freeze it."
                 )
-        if not self.notes:
+        self._begin()
+        plain = tuple(item.detach() if isinstance(item, torch.Tensor) else item for item in saved)
+        self.notes.setdefault(parameter, []).append(Note(kind, plain))
+
+    def _reached(self, grad: torch.Tensor) -> None:
+        self._begin()
+
+    def _begin(self) -> None:
+        if not self.begun:
+            self.begun = True
             # Autograd's own end-of-backward callback, the one that distributed wrappers use.
             torch.autograd.Variable._execution_engine.queue_callback(self._end)
-        self.notes.setdefault(parameter, []).append(Note(kind, saved))
+            self.on_begin()
 
     def _end(self) -> None:
         self.closed = True
+        self.on_end()
         try:
             self.finish(self)
         finally:
@@ -57,25 +82,52 @@ class Tape:
     def merged(self) -> Iterator[tuple[str, Note]]:
         """One note for each parameter; several uses are joined so that their cross terms count."""
         for parameter, notes in self.notes.items():
-            kinds = {note.kind for note in notes}
-            if len(kinds) > 1:
-                raise NotPrivateError(
-                    f"{parameter!r} must be used in one way, got {' and '.join(sorted(kinds))}; tied weights "
-                    "are not offered by this version, so give each use its own parameter."
-                )
-            yield parameter, notes[0] if len(notes) == 1 else _joined(notes)
+            yield parameter, notes[0] if len(notes) == 1 else _merged(notes)
+
+
+def _merged(notes: list[Note]) -> Note:
+    kinds: dict[str, list[Note]] = {}
+    for note in notes:
+        kinds.setdefault(note.kind, []).append(note)
+    joined = {kind: _joined(some) for kind, some in kinds.items()}
+    if len(joined) == 1:
+        return next(iter(joined.values()))
+    if joined.keys() == {"embedding", "linear"}:
+        ids, g_in, rows, padding = joined["embedding"].saved
+        a, g = joined["linear"].saved
+        if g.shape[2] == rows and a.shape[2] == g_in.shape[2]:
+            return Note("tied", (ids, g_in, rows, padding, a, g))
+    shape = _shape(joined)
+    return Note("bare", (sum(materialise(kind, note.saved, shape) for kind, note in joined.items()),))
+
+
+def _shape(joined: dict[str, Note]) -> tuple[int, ...]:
+    if "bare" in joined:
+        return tuple(joined["bare"].saved[0].shape[1:])
+    a, g = joined["linear"].saved
+    return g.shape[2], a.shape[2]
 
 
 def _joined(notes: list[Note]) -> Note:
     kind = notes[0].kind
-    tensors = [[item for item in note.saved if isinstance(item, torch.Tensor)] for note in notes]
-    constants = tuple(item for item in notes[0].saved if not isinstance(item, torch.Tensor))
+    if len(notes) == 1:
+        return notes[0]
     if kind == "bare":  # already the sample's gradient: uses add up
-        return Note(kind, (torch.stack([one for (one,) in tensors]).sum(0),))
-    rows = tensors[0][0].shape[0]
-    joined = []
-    for position, ids_or_values in enumerate(zip(*tensors, strict=True)):
-        features = 0 if kind == "embedding" and position == 0 else 1
-        flat = [item.reshape(rows, -1, *item.shape[item.dim() - features :]) for item in ids_or_values]
-        joined.append(torch.cat(flat, dim=1))
-    return Note(kind, (*joined, *constants))
+        total = notes[0].saved[0]
+        for note in notes[1:]:
+            total = total + note.saved[0].reshape(total.shape)
+        return Note(kind, (total,))
+    if kind == "embedding":
+        rows = notes[0].saved[2]
+        paddings = {note.saved[3] for note in notes}
+        padding = paddings.pop() if len(paddings) == 1 else None
+        ids = torch.cat([note.saved[0] for note in notes], 1)
+        return Note(kind, (ids, torch.cat([_unpadded(note, padding) for note in notes], 1), rows, padding))
+    return Note(kind, tuple(torch.cat(items, 1) for items in zip(*(note.saved for note in notes), strict=True)))
+
+
+def _unpadded(note: Note, padding: int | None) -> torch.Tensor:
+    ids, g, _, own = note.saved
+    if own is None or own == padding:
+        return g  # type: ignore[no-any-return]
+    return g.masked_fill((ids == own).unsqueeze(-1), 0.0)  # type: ignore[no-any-return]

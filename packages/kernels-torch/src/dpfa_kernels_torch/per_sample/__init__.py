@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dpfa_kernels_torch.per_sample import bare, embedding, linear, scale, shift
+from dpfa_kernels_torch.per_sample import bare, embedding, linear, scale, shift, tied
 from dpfa_kernels_torch.per_sample.rule import Rule
 
 RULES: dict[str, Rule] = {
@@ -11,5 +11,6 @@ RULES: dict[str, Rule] = {
     "scale": scale.RULE,
     "shift": shift.RULE,
     "bare": bare.RULE,
+    "tied": tied.RULE,
 }
 """One rule for each way in which a parameter enters a model."""

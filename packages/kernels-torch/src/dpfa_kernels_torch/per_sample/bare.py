@@ -9,8 +9,8 @@ from torch import Tensor
 
 from dpfa_kernels_torch.per_sample.rule import Rule
 
-WIDEST = 1024
-"""Numbers whose squares are summed in float32; sums of such sums are float64."""
+WIDEST = 64
+"""Numbers whose squares are summed in float32, with a margin of 2e-6 of the norm; sums of such sums are float64."""
 
 
 def sqnorm(saved: tuple[Any, ...], method: str) -> Tensor:
@@ -18,14 +18,14 @@ def sqnorm(saved: tuple[Any, ...], method: str) -> Tensor:
     (gradient,) = saved
     flat = gradient.unsqueeze(1).flatten(1)
     if flat.dtype != torch.float32:
-        return flat.double().square().sum(1) * (1.0 + 2.0**-20)
+        return flat.double().square().sum(1) * (1.0 + flat.shape[1] * 2.0**-52)
     width = flat.shape[1]
     columns = next((n for n in range(min(width, WIDEST), 0, -1) if width % n == 0), 1)
-    if columns * columns < width and columns < 64:  # no useful divisor: a prime number of columns, say
-        return torch.linalg.vector_norm(flat, dim=1, dtype=torch.float64).square() * (1.0 + 2.0**-20)
+    if columns < 16 and columns < width:  # no useful divisor: a prime number of columns, say
+        return torch.linalg.vector_norm(flat, dim=1, dtype=torch.float64).square() * (1.0 + width * 2.0**-52)
     norms = torch.linalg.vector_norm(flat.view(len(flat), width // columns, columns), dim=2).double()
-    # n roundings of a sum of n squares and one of the root; a square below the normal numbers may vanish
-    slack = (1.0 + (columns + 4) * 2.0**-23) * (1.0 + 2.0**-20)
+    # n roundings in a sum of n squares and one of the root, in units of 2**-24; a tiny square may vanish
+    slack = 1.0 + (columns + 4) * 1.01 * 2.0**-24
     return norms.square().sum(1) * slack + width * 2.0**-126
 
 
