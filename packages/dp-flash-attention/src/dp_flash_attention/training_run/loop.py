@@ -56,10 +56,10 @@ def train_privately(
         extra = load_checkpoint(folder / CHECKPOINT, engine, loader.sampler)
         average.load(extra["average"])
         step_done(engine.steps)
-    recorded = sum(count for _, count in ledger.events())
-    remaining = steps - recorded
-    if remaining > 0:
-        ledger.foresee(plan.event(), remaining)
+    # steps that the ledger knows and the checkpoint does not are redone as they were, or given up, never charged twice
+    remaining = steps - engine.charges.made
+    if remaining > engine.charges.prepaid:
+        ledger.foresee(plan.event(), remaining - engine.charges.prepaid)
 
     def save() -> None:
         state = {"average": average.state()}

@@ -47,7 +47,7 @@ class Statement:
             "expected_batch_size": self.plan.expected_batch_size,
             "records": self.plan.population,
             "normaliser": "expected batch size, a public constant",
-            "sampler": "poisson",
+            "sampler": self.plan.sampling,
             "mechanism": "gaussian",
             "trust_boundary": "the trained weights leave; gradients, losses and data stay",
             "randomness": randomness(self.secure),
