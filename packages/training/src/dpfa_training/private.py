@@ -49,8 +49,8 @@ def make_private(
     see ``engine_of(module).get_epsilon``.
 
     Args:
-        module: layers with a rule (Linear, Embedding, LayerNorm, Conv2d patches) and bare parameters of
-            shape (1, ...); samples in dimension 0. It is used in place.
+        module: any torch model with its samples in dimension 0 of its first input, used in place. Modules that use
+            a parameter in a way no rule knows run once for each sample, which the logger "dpfa_training" announces.
         optimizer: any torch optimiser over exactly the trainable parameters.
         data_loader: a plain DataLoader over a map-style dataset; its batch size becomes the expected batch size,
             in units, and its order is replaced. Workers, collation and pinning stay; ``drop_last`` is without
