@@ -23,6 +23,19 @@ def test_the_newest_record_of_each_setting_is_shown(tmp_path: Path, a_record: Ma
     assert plot.newest(tmp_path) == [new, other]
 
 
+def test_a_parameter_that_a_case_gained_does_not_part_its_records_and_parts_have_their_own_picture(
+    tmp_path: Path, a_record: MakeRecord
+) -> None:
+    new = {"batch": 4, "model": "m", "toy": False, "physical_batch": 0, "peer_path": "/a/b"}
+    old = replace(a_record(), parameters={"batch": 4, "model": "m"})
+    later = replace(old, time="2026-02-01T00:00:00+00:00", parameters=new)
+    parts = replace(later, parameters={**new, "physical_batch": [2, 0, "auto"]})
+    for record in (old, later, parts):
+        append(tmp_path / "case.jsonl", record)
+    assert plot.newest(tmp_path) == [later, parts]
+    assert [plot.slug(record) for record in (later, parts)] == ["case-m", "case-m-rows-2-all-auto"]
+
+
 def test_picture_and_table_carry_command_machine_and_reasons(tmp_path: Path, a_record: MakeRecord) -> None:
     files = plot.write([a_record()], tmp_path / "out")
     assert {path.name for path in files} == {"case.svg", "tables.md"}

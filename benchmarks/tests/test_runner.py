@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-import dpfa_training.engine
 from dpfa_benchmarks import __main__, runner
-from dpfa_benchmarks.case import Contender, GateFailed
-from dpfa_benchmarks.cases import CASES
+from dpfa_benchmarks.case import Contender, GateFailed, Skipped
+from dpfa_benchmarks.cases import CASES, fastdp_step, one_by_one, private_step
+from dpfa_benchmarks.cases.for_peers import by_our_names, with_tables
 from dpfa_benchmarks.memory import peak_memory
 from dpfa_benchmarks.record import Record, read
 from dpfa_benchmarks.timing import interleaved
+from dpfa_benchmarks.workloads import MODELS, tiny_bert
 
 
 @pytest.mark.parametrize("name", sorted(CASES))
@@ -29,22 +32,81 @@ def test_a_case_runs_at_toy_size(name: str, monkeypatch: pytest.MonkeyPatch) -> 
     assert found.fastest_alternative is not None
 
 
-def test_the_text_model_passes_the_gate() -> None:
+@pytest.mark.parametrize("model", sorted(MODELS))
+def test_every_model_passes_the_gate_whole_and_in_parts(model: str) -> None:
     case = CASES["private_step"]
-    parameters = runner.with_changes(case, {"model": "text", "batch": 3})
-    (ours,) = [c for c in case.contenders(parameters) if c.name == case.ours]
-    assert ours.error is not None
-    assert ours.error() <= case.tolerance
+    changes = {"model": model, "batch": 5, "toy": True, "physical_batch": [0, 2]}  # 2 + 2 + 1, the 1 with padding
+    try:
+        contenders = case.contenders(runner.with_changes(case, changes))
+    except Skipped as reason:
+        pytest.skip(str(reason))
+    errors = {c.name: c.error() for c in contenders if c.ours or c.name == "one_by_one" if c.error}
+    assert set(errors) == {"dpfa", "dpfa_rows_2", "one_by_one"}
+    assert max(errors.values()) <= case.tolerance, errors
+
+
+def test_a_part_of_ours_that_is_wrong_is_refused_too() -> None:
+    case = CASES["private_step"]
+    contenders = case.contenders(runner.with_changes(case, {**case.toy, "physical_batch": [0, 4]}))
+    with pytest.raises(GateFailed, match="dpfa_rows_4"):
+        runner.gate(case, {"dpfa": 1e-7, "dpfa_rows_4": 1e-4}, contenders)
+
+
+def test_a_model_has_the_same_weights_and_rows_at_every_call() -> None:
+    one, two = (MODELS["gpt_tied"].build(3, True) for _ in range(2))
+    assert torch.equal(one.inputs, two.inputs)
+    assert torch.equal(one.labels[:, :-1], one.inputs[:, 1:])
+    assert torch.equal(one.loss(one.model()), two.loss(two.model()))
+
+
+@pytest.mark.parametrize("model", ["gpt", "vit197", "tiny_bert"])
+def test_what_peers_get_is_the_same_function(model: str) -> None:
+    try:
+        work = MODELS[model].build(3, True)
+    except Skipped as reason:
+        pytest.skip(str(reason))
+    plain, theirs = work.model(), with_tables(work.model())
+    for module in (plain, theirs):
+        work.loss(module).backward()
+    exact = {name: p.grad for name, p in plain.named_parameters() if p.grad is not None}
+    found = by_our_names({name: p.grad for name, p in theirs.named_parameters() if p.grad is not None})
+    assert not any(p.dim() == 3 for p in theirs.parameters())
+    assert one_by_one.relative_error(found, exact) < 1e-6
+
+
+def test_a_missing_library_skips_a_model_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tiny_bert, "find_spec", lambda name: None)
+    assert __main__.main(["run", "private_step", "--set", "model=tiny_bert"]) == 0
+    assert "needs transformers" in capsys.readouterr().err
+
+
+def test_a_peer_without_a_checkout_is_listed_with_its_reason(tmp_path: Path) -> None:
+    assert "peer_path" in fastdp_step.unavailable("")
+    assert "no folder fastDP" in fastdp_step.unavailable(str(tmp_path))
+
+
+def test_training_runs_every_model_and_its_record_names_the_command_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[dict[str, Any], str]] = []
+
+    def noted(case: Any, changes: dict[str, Any], *, command: str, **rest: Any) -> None:
+        asked.append((changes, command))
+        raise GateFailed("no")
+
+    monkeypatch.setattr(runner, "run", noted)
+    assert __main__.main(["training", "--repeats", "2", "--set", "batch=4"]) == 1
+    assert [changes for changes, _ in asked] == [{"model": model, "batch": 4} for model in MODELS]
+    assert all(f"run private_step --set model={changes['model']} " in command for changes, command in asked)
 
 
 def test_a_wrong_gradient_is_never_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = dpfa_training.engine.clipped_sums
+    right = private_step.make_private
 
-    def wrong(*arguments: Any, **keywords: Any) -> Any:
-        sums, norms = right(*arguments, **keywords)
-        return {name: total * (1 + 1e-4) for name, total in sums.items()}, norms
+    def wrong(*, max_grad_norm: float, **keywords: Any) -> Any:
+        return right(max_grad_norm=max_grad_norm * (1 + 1e-4), **keywords)
 
-    monkeypatch.setattr(dpfa_training.engine, "clipped_sums", wrong)
+    monkeypatch.setattr(private_step, "make_private", wrong)
     monkeypatch.setattr(runner, "interleaved", lambda *arguments, **keywords: pytest.fail("timed"))
     case = CASES["private_step"]
     with pytest.raises(GateFailed, match="nothing was measured"):
@@ -65,8 +127,12 @@ def test_a_peer_that_fails_is_listed_with_its_reason() -> None:
     def broken() -> float:
         raise RuntimeError("no such layer")
 
-    peer = Contender(name="peer", what="", build=lambda: lambda: None, private=True, error=broken)
-    assert "no such layer" in runner._checked(CASES["private_step"], peer, {}).unavailable
+    peer = Contender(name="peer", what="", build=lambda: broken, private=True, error=broken)
+    case = CASES["private_step"]
+    assert "no such layer" in runner._checked(case, peer, {}).unavailable
+    assert "no such layer" in runner._built(case, peer, {}).unavailable
+    with pytest.raises(RuntimeError):
+        runner._built(case, replace(peer, ours=True), {})
 
 
 def test_contenders_take_turns() -> None:

@@ -1,4 +1,4 @@
-"""``python -m dpfa_benchmarks``: list, run, plot."""
+"""``python -m dpfa_benchmarks``: list, run, training, plot."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from dpfa_benchmarks import record as records
-from dpfa_benchmarks.case import GateFailed
+from dpfa_benchmarks.case import GateFailed, Skipped
 from dpfa_benchmarks.record import Quantiles, Record
 
 DONE, FAILED, BAD_INPUT = 0, 1, 2
@@ -32,12 +33,8 @@ def main(arguments: list[str]) -> int:
     commands.add_parser("list", help="the cases and their parameters")
     run = commands.add_parser("run", help="gate, time and memory of one case")
     run.add_argument("case", nargs="?", help="its name; without one, every case runs")
-    run.add_argument("--repeats", type=int, default=20, help="rounds in which every contender takes one step")
-    run.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a parameter of the case")
-    run.add_argument("--toy", action="store_true", help="the case at a size that takes seconds; no record")
-    run.add_argument("--threads", type=int, help="torch threads; default: torch's own choice")
-    run.add_argument("--record", type=Path, metavar="FILE", help="append the run to this file")
-    run.add_argument("--json", action="store_true", help="print each record as one JSON object")
+    _add_run_options(run)
+    _add_run_options(commands.add_parser("training", help="private_step on every model, with the options of run"))
     plot = commands.add_parser("plot", help="pictures and tables of the newest records, for the docs")
     plot.add_argument("--records", type=Path, default=Path("benchmarks/records"))
     plot.add_argument("--out", type=Path, default=Path("docs/benchmarks"))
@@ -47,13 +44,38 @@ def main(arguments: list[str]) -> int:
             return _list()
         if options.command == "plot":
             return _plot(options.records, options.out)
+        if options.command == "training":
+            return _training(arguments[arguments.index("training") + 1 :])
         return _run(options, arguments)
+    except Skipped as error:
+        messages.print(f"skipped: {error}", style="yellow", markup=False)
+        return DONE
     except GateFailed as error:
         messages.print(str(error), style="red", markup=False)
         return FAILED
     except (ValueError, OSError) as error:
         messages.print(str(error), style="red", markup=False)
         return BAD_INPUT
+
+
+def _add_run_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--repeats", type=int, default=20, help="rounds in which every contender takes one step")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a parameter of the case")
+    parser.add_argument("--toy", action="store_true", help="the case at a size that takes seconds; no record")
+    parser.add_argument("--threads", type=int, help="torch threads; default: torch's own choice")
+    parser.add_argument("--record", type=Path, metavar="FILE", help="append the run to this file")
+    parser.add_argument("--json", action="store_true", help="print each record as one JSON object")
+
+
+def _training(options: list[str]) -> int:
+    """Each model by the command that would run it alone, so that its record names one; the worst exit code."""
+    from dpfa_benchmarks.workloads import MODELS
+
+    worst = DONE
+    for model in MODELS:
+        messages.print(f"private_step, {model}", style="bold")
+        worst = max(worst, main(["run", "private_step", "--set", f"model={model}", *options]))
+    return worst
 
 
 def _list() -> int:
@@ -124,7 +146,7 @@ def _show(found: Record) -> None:
     table = Table("contender", "ms per step (p20 p50 p80)", "ours / it", "peak memory", "error", box=None)
     for result in found.results:
         if result.seconds is None:
-            table.add_row(result.name, result.unavailable)
+            table.add_row(result.name, escape(result.unavailable))
             continue
         ratio = found.ratios.get(result.name)
         table.add_row(

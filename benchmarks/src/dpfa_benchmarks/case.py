@@ -19,6 +19,8 @@ class Contender:
     build: Callable[[], Step]
     """Sets everything up and returns the step that is timed."""
     private: bool
+    ours: bool = False
+    """Whether it must pass the gate; what the case calls ours does so anyway."""
     error: Callable[[], float] | None = None
     """Relative distance from the plain definition; none for what has nothing to compare."""
     unavailable: str = ""
@@ -26,7 +28,7 @@ class Contender:
 
 
 class Case(Protocol):
-    """One comparison; its parameters are plain numbers, strings and booleans."""
+    """One comparison; its parameters are plain numbers, strings and booleans, or lists of them."""
 
     name: str
     step: str
@@ -40,8 +42,22 @@ class Case(Protocol):
     toy: Mapping[str, Any]
     """Parameters at which the case runs in seconds."""
 
+    def settled(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
+        """`parameters` with what depends on others filled in, as the record keeps them."""
+        ...
+
     def contenders(self, parameters: Mapping[str, Any]) -> tuple[Contender, ...]: ...
 
 
 class GateFailed(Exception):
     """Ours does not compute what it should; nothing may be timed."""
+
+
+class Skipped(Exception):
+    """The case needs something that is not installed; the message says what."""
+
+
+def sentence(error: Exception, longest: int = 240) -> str:
+    """What an error says, in one line."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return text if len(text) <= longest else text[: longest - 3] + "..."

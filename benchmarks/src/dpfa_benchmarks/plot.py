@@ -24,7 +24,7 @@ def newest(folder: Path) -> list[Record]:
     latest: dict[str, Record] = {}
     for path in sorted(folder.glob("*.jsonl")):
         for record in read(path):
-            key = json.dumps([record.case, record.parameters], sort_keys=True)
+            key = json.dumps([record.case, _setting(record)], sort_keys=True)
             if key not in latest or record.time >= latest[key].time:
                 latest[key] = record
     if not latest:
@@ -58,9 +58,19 @@ def write(records: Iterable[Record], out: Path, tables: Iterable[str] = ()) -> l
 
 
 def slug(record: Record) -> str:
-    """The record's file name: its case and those parameters that are words."""
-    words = [value for value in record.parameters.values() if isinstance(value, str)]
+    """The record's file name: its case, those parameters that are words, and the rows taken at a time."""
+    setting = _setting(record)
+    rows = setting.pop("physical_batch", None)
+    words = [value for value in setting.values() if isinstance(value, str)]
+    if rows is not None:
+        words.append("rows-" + "-".join(str(n or "all") for n in (rows if isinstance(rows, list) else [rows])))
     return "-".join([record.case, *words])
+
+
+def _setting(record: Record) -> dict[str, Any]:
+    """The parameters that set a record apart: without where a peer lies, and without what is zero or empty, so
+    that a parameter that a case gained later does not part its records."""
+    return {name: value for name, value in record.parameters.items() if value and name != "peer_path"}
 
 
 def picture(record: Record) -> Figure:
@@ -156,7 +166,7 @@ def _where(machine: dict[str, Any], time: str, commit: str | None, dirty: bool |
 def _row(record: Record, result: Result) -> str:
     name = f"**{result.name}**" if result.name == record.ours else result.name
     if result.seconds is None:
-        return f"| {name}: {result.what} | {result.unavailable} | | | |"
+        return f"| {name}: {result.what} | {result.unavailable.replace('|', '/')} | | | |"
     time = ", ".join(
         text.format(value * 1e3)
         for text, value in zip(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from dpfa_benchmarks import surroundings
-from dpfa_benchmarks.case import Case, Contender, GateFailed
+from dpfa_benchmarks.case import Case, Contender, GateFailed, Step, sentence
 from dpfa_benchmarks.memory import peak_memory
 from dpfa_benchmarks.record import Quantiles, Record, Result
 from dpfa_benchmarks.timing import interleaved
@@ -40,8 +40,10 @@ def run(
         progress("checking", index, len(contenders))
         checked.append(_checked(case, contender, errors))
     contenders = tuple(checked)
-    gate(case, errors)
+    gate(case, errors, contenders)
     progress("checking", len(contenders), len(contenders))
+    steps: dict[str, Step] = {}
+    contenders = tuple(_built(case, contender, steps) for contender in contenders)
     able = [contender for contender in contenders if not contender.unavailable]
 
     total, done = (WARMUPS + repeats) * len(able), 0
@@ -51,7 +53,6 @@ def run(
         done += 1
         progress("timing", done, total)
 
-    steps = {contender.name: contender.build() for contender in able}
     seconds = interleaved(steps, warmups=WARMUPS, repeats=repeats, advance=advance)
     steps.clear()
 
@@ -82,18 +83,38 @@ def run(
             for name, theirs in seconds.items()
             if name != case.ours
         },
-        fastest_alternative=_fastest(case, able, seconds),
+        fastest_alternative=_fastest(case, [c for c in able if errors.get(c.name, 0.0) <= case.tolerance], seconds),
     )
 
 
-def gate(case: Case, errors: Mapping[str, float]) -> None:
-    """Raises: GateFailed unless ours was compared with the definition and is within the tolerance."""
-    error = errors.get(case.ours)
-    if error is None or not error <= case.tolerance:  # a NaN is not within it
-        raise GateFailed(
-            f"{case.ours!r} must agree with the plain definition to {case.tolerance:g} before it is timed, "
-            f"got a relative error of {error}; nothing was measured."
-        )
+def gate(case: Case, errors: Mapping[str, float], contenders: Iterable[Contender] = ()) -> None:
+    """Raises: GateFailed unless all of ours were compared with the definition and are within the tolerance."""
+    for name in dict.fromkeys([case.ours, *(contender.name for contender in contenders if contender.ours)]):
+        error = errors.get(name)
+        if error is None or not error <= case.tolerance:  # a NaN is not within it
+            raise GateFailed(
+                f"{name!r} must agree with the plain definition to {case.tolerance:g} before it is timed, "
+                f"got a relative error of {error}; nothing was measured."
+            )
+
+
+def _built(case: Case, contender: Contender, steps: dict[str, Step]) -> Contender:
+    """Adds the contender's step, taken once; a peer that cannot take it is listed with what it said."""
+    if contender.unavailable:
+        return contender
+    try:
+        step = contender.build()
+        step()
+    except Exception as error:
+        if _is_ours(case, contender):
+            raise
+        return replace(contender, unavailable=f"failed: {sentence(error)}")
+    steps[contender.name] = step
+    return contender
+
+
+def _is_ours(case: Case, contender: Contender) -> bool:
+    return contender.ours or contender.name == case.ours
 
 
 def _checked(case: Case, contender: Contender, errors: dict[str, float]) -> Contender:
@@ -103,9 +124,9 @@ def _checked(case: Case, contender: Contender, errors: dict[str, float]) -> Cont
     try:
         errors[contender.name] = contender.error()
     except Exception as error:
-        if contender.name == case.ours:
+        if _is_ours(case, contender):
             raise
-        return replace(contender, unavailable=f"failed: {type(error).__name__}: {error}")
+        return replace(contender, unavailable=f"failed: {sentence(error)}")
     return contender
 
 
@@ -114,7 +135,7 @@ def with_changes(case: Case, changes: Mapping[str, Any]) -> dict[str, Any]:
     unknown = sorted(set(changes) - set(case.defaults))
     if unknown:
         raise ValueError(f"{case.name} has the parameters {', '.join(case.defaults)}, got {', '.join(unknown)}.")
-    return {**case.defaults, **changes}
+    return case.settled({**case.defaults, **changes})
 
 
 def _result(
@@ -135,7 +156,7 @@ def _result(
     )
 
 
-def _fastest(case: Case, able: list[Contender], seconds: Mapping[str, list[float]]) -> str | None:
-    """The private alternative with the smallest median."""
-    others = [contender.name for contender in able if contender.private and contender.name != case.ours]
+def _fastest(case: Case, right: list[Contender], seconds: Mapping[str, list[float]]) -> str | None:
+    """The private alternative with the smallest median, of those that compute the step."""
+    others = [contender.name for contender in right if contender.private and not _is_ours(case, contender)]
     return min(others, key=lambda name: Quantiles.of(seconds[name]).p50, default=None)

@@ -1,21 +1,23 @@
-"""The same step by Opacus, with per-sample gradients kept ("hooks") or with two backwards ("ghost")."""
+"""The same step by Opacus, in each of its ways to come by per-sample gradients."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from dpfa_benchmarks.case import Step
+from dpfa_benchmarks.cases.for_peers import by_our_names, with_tables
 from dpfa_benchmarks.cases.one_by_one import Gradients
-from dpfa_benchmarks.cases.workload import Workload
+from dpfa_benchmarks.workloads import Workload
 
-Mode = Literal["hooks", "ghost"]
+Mode = Literal["ghost", "hooks", "functorch", "ew"]
+MODES: tuple[Mode, ...] = ("ghost", "hooks", "functorch", "ew")
 MISSING = 'not installed: pip install -e "benchmarks[opacus]"'
 
 
@@ -26,11 +28,11 @@ def unavailable() -> str:
 
 def build(work: Workload, mode: Mode, *, noise_multiplier: float, max_grad_norm: float, lr: float) -> Step:
     """A step from the batch in memory to changed parameters."""
-    model, optimizer, criterion = _private(work, mode, noise_multiplier, max_grad_norm, lr)
+    optimizer, backward = _private(work, mode, noise_multiplier, max_grad_norm, lr)
 
     def step() -> None:
         optimizer.zero_grad()
-        criterion(model(work.inputs), work.labels).backward()
+        backward()
         optimizer.step()
 
     return step
@@ -38,64 +40,59 @@ def build(work: Workload, mode: Mode, *, noise_multiplier: float, max_grad_norm:
 
 def clipped_sum(work: Workload, mode: Mode, max_grad_norm: float) -> Gradients:
     """The clipped gradient sum as Opacus hands it to its noise."""
-    model, optimizer, criterion = _private(work, mode, 0.0, max_grad_norm, 0.0)
+    names: dict[Tensor, str] = {}
+    optimizer, backward = _private(work, mode, 0.0, max_grad_norm, 0.0, names)
     optimizer.zero_grad()
-    criterion(model(work.inputs), work.labels).backward()
-    if mode == "hooks":
-        optimizer.clip_and_accumulate()
-    else:
+    backward()
+    if mode == "ghost":
         optimizer.accumulate()
-    inner = model._module
-    return {_our_name(name): p.summed_grad.reshape(_our_shape(name, p)) for name, p in inner.named_parameters()}
+    else:
+        optimizer.clip_and_accumulate()
+    return by_our_names({name: parameter.summed_grad for parameter, name in names.items()})  # type: ignore[attr-defined]
 
 
-def _private(work: Workload, mode: Mode, noise_multiplier: float, max_grad_norm: float, lr: float) -> tuple[Any, ...]:
+class _Losses:
+    """The workload's loss as a criterion whose reduction Opacus switches."""
+
+    reduction = "mean"
+
+    def __init__(self, work: Workload) -> None:
+        self.work = work
+
+    def __call__(self, output: Any, labels: Tensor) -> Tensor:
+        losses = self.work.losses(output, labels)
+        return losses if self.reduction == "none" else losses.mean()
+
+
+def _private(
+    work: Workload,
+    mode: Mode,
+    noise_multiplier: float,
+    max_grad_norm: float,
+    lr: float,
+    names: dict[Tensor, str] | None = None,
+) -> tuple[Any, Callable[[], None]]:
+    """(optimiser, forward and backward); fills `names`."""
     from opacus import PrivacyEngine
 
-    model = with_position_table(work.model())
+    model = with_tables(work.model())
+    if names is not None:
+        names.update({parameter: name for name, parameter in model.named_parameters()})
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     # As many records as the batch: every Poisson draw is the whole batch, so all contenders do equal work.
     loader = DataLoader(TensorDataset(work.inputs, work.labels), batch_size=len(work.labels))
     warnings.filterwarnings("ignore", message="Full backward hook is firing")
     warnings.filterwarnings("ignore", message="Secure RNG turned off")
+    criterion = _Losses(work)
     made = PrivacyEngine(accountant="rdp").make_private(
         module=model,
         optimizer=optimizer,
-        criterion=nn.CrossEntropyLoss(),
+        criterion=criterion,
         data_loader=loader,
         noise_multiplier=noise_multiplier,
         max_grad_norm=max_grad_norm,
         grad_sample_mode=mode,
     )
-    if mode == "hooks":
-        return made[0], made[1], F.cross_entropy
-    return made[0], made[1], made[2]
-
-
-def with_position_table(model: nn.Module) -> nn.Module:
-    """The same function with ``positions`` read from an Embedding.
-
-    Opacus has no rule for a bare parameter beside sub-modules and would run the whole model through
-    ``torch.func.vmap``; an Embedding is what its users write.
-    """
-    positions: Tensor = model.positions.detach()  # type: ignore[assignment, operator]
-    del model.positions
-    _, length, width = positions.shape
-    model.position_table = nn.Embedding(length, width)
-    model.position_table.weight.data.copy_(positions[0])
-
-    def look_up(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        rows = torch.arange(length, device=args[0].device).repeat(len(args[0]), 1)
-        module.positions = module.position_table(rows)  # type: ignore[operator]
-
-    model.register_forward_pre_hook(look_up)
-    return model
-
-
-def _our_name(name: str) -> str:
-    return "positions" if name == "position_table.weight" else name
-
-
-def _our_shape(name: str, parameter: Tensor) -> tuple[int, ...]:
-    shape = tuple(parameter.shape)
-    return (1, *shape) if name == "position_table.weight" else shape
+    module, private_optimizer = made[0], made[1]
+    loss = made[2] if mode == "ghost" else criterion
+    return private_optimizer, lambda: loss(module(work.inputs), work.labels).backward()

@@ -40,6 +40,9 @@ class ReleaseCall:
     }
     toy: Mapping[str, Any] = {"batch": 1, "length": 9, "heads": 2, "head_dim": 8}
 
+    def settled(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
+        return dict(parameters)
+
     def contenders(self, parameters: Mapping[str, Any]) -> tuple[Contender, ...]:
         return (
             Contender(
