@@ -22,6 +22,7 @@ from dpfa_core.errors import NotPrivateError, PrivacyParameterError
 from dpfa_kernels_torch.noise.keys import KeySource
 from dpfa_training.plan import TrainingPlan
 from dpfa_training.sampling import Draws, MemoryProbe, PrivateLoader, Users, check_loader
+from dpfa_training.sampling.part_timing import PartTiming
 
 WORKERS = [0, 2]
 
@@ -264,7 +265,7 @@ def test_a_user_larger_than_a_physical_batch_is_refused():
 
 def memory_loader(free, workers=0, width=64):
     module = nn.Sequential(nn.Linear(1, width), nn.Tanh(), nn.Linear(width, 1))
-    probe = MemoryProbe(module, lambda rows: rows, lambda module: free)
+    probe = MemoryProbe(module, free=lambda module: free)
     cut = draws_of(400, 100, probe)
     data = DataLoader(TensorDataset(torch.rand(400, 1)), batch_size=100, num_workers=workers)
     return module, probe, PrivateLoader(data, cut, Heard())
@@ -300,9 +301,9 @@ def test_choice_of_rows_moves_no_draw():
     assert found[0] == found[1] == found[2]
 
 
-def test_evaluation_is_not_measured_and_a_cost_model_may_take_less():
+def test_evaluation_is_not_measured_and_the_clock_may_take_less():
     module = nn.Linear(3, 3)
-    probe = MemoryProbe(nn.Sequential(module), lambda rows: 7, lambda module: 10**9)
+    probe = MemoryProbe(nn.Sequential(module), timed=True, free=lambda module: 10**9)
     watched = probe._module
     assert [probe.rows() for _ in range(3)] == [2, 4, 4]
     probe.expect(2)
@@ -315,4 +316,22 @@ def test_evaluation_is_not_measured_and_a_cost_model_may_take_less():
     for rows in (2, 4):
         probe.expect(rows)
         watched(torch.rand(rows, 3))
-    assert probe.chosen == probe.rows() == 7
+    assert probe.chosen is None  # memory would allow millions: the clock decides
+    for rows, seconds in ((4, 4.0), (4, 4.0), (8, 4.0), (8, 4.2), (16, 7.8), (16, 9.0), (32, 20.0), (32, 20.0)):
+        assert probe.rows() == rows
+        probe.clipped(rows, seconds)
+    probe.clipped(64, 80.0)
+    probe.clipped(64, 80.0)
+    assert probe.chosen == probe.rows() == 8  # 16 is faster, by less than a twentieth
+
+
+def test_small_draws_end_the_trial():
+    timing = PartTiming(4, 1000)
+    for rows in (4, 4, 5, 3, 6):
+        timing.took(rows, 1.0)
+    assert timing.chosen == 4
+    nothing = PartTiming(4, 1000)
+    for _ in range(3):
+        nothing.took(2, 1.0)
+    assert nothing.chosen == 1000
+    assert PartTiming(4, 3).rows() == 3

@@ -8,6 +8,7 @@ released.
 from __future__ import annotations
 
 import hashlib
+import time
 import weakref
 from typing import Any
 
@@ -161,10 +162,6 @@ class Engine:
         if self.draws is not None:
             self.draws.renew(self.keys)
 
-    def physical_batch_size(self, rows: int) -> int:
-        """Rows to hold in memory at once, where `rows` would fit."""
-        return rows
-
     # ---- checkpoints
 
     def state(self) -> dict[str, Any]:
@@ -216,9 +213,12 @@ class Engine:
         if self.checked_samples < min(rows, 2):  # one sample alone shows nothing about others
             self.checked_samples = self_check(self.recording, self._backend, args, kwargs, rows, self.plan.reduction)
         self._forwarded = True
+        started = time.perf_counter()
 
         def finish(tape: Tape) -> None:
             self._clip(tape, batch)
+            if self.draws is not None:
+                self.draws.clipped(rows, time.perf_counter() - started)
 
         self.recording.start(Tape(rows, finish), (args, kwargs))
 

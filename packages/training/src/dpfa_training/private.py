@@ -67,8 +67,8 @@ def make_private(
             ``QuantileClipping``, whose threshold begins at C. The event is the same for all.
         reduction: "mean" or "sum": how your loss joins the rows of a batch.
         max_physical_batch_size: rows held in memory at once; call backward and step for each part as usual.
-            "auto" serves the first draw in small parts and chooses from the memory that they needed; draws and
-            noise stay the same.
+            "auto" serves the first draws in small parts, measures what they keep in memory and, on a CPU, how long
+            they take, and chooses; draws and noise stay the same, sums may be rounded in another order.
         ledger: where each step is recorded before it is taken; by default one in memory.
         seed: makes noise and sampling reproducible, and *not secure*; None draws keys from the system.
         max_batch: largest draw under "truncated_poisson", in units.
@@ -202,7 +202,9 @@ def attach(
     if plan.sampling == "none":
         return module, optimizer, data_loader
     rows = max_physical_batch_size
-    limit = MemoryProbe(module, engine.physical_batch_size) if isinstance(rows, str) else rows
+    # on other devices a clock would stop before the work does
+    on_cpu = all(parameter.device.type == "cpu" for parameter in module.parameters())
+    limit = MemoryProbe(module, timed=on_cpu) if isinstance(rows, str) else rows
     engine.draws = Draws(plan.sampler(), keys, limit, users)
     return module, optimizer, PrivateLoader(data_loader, engine.draws, engine)
 

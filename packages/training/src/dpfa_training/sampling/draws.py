@@ -83,6 +83,11 @@ class Draws:
             self.max_rows.expect(len(batch.weights))
         self.position, self.start = (batch.draw + 1, 0) if batch.last else (batch.draw, batch.start + batch.count)
 
+    def clipped(self, rows: int, seconds: float) -> None:
+        """The engine needed `seconds` for a physical batch of `rows` rows."""
+        if isinstance(self.max_rows, MemoryProbe):
+            self.max_rows.clipped(rows, seconds)
+
     def enter(self) -> bool:
         """A loop begins; returns whether it goes on inside the draw that a checkpoint was taken in.
 

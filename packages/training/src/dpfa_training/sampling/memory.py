@@ -1,4 +1,4 @@
-"""How many rows fit into memory, from what the first two physical batches keep for their backward."""
+"""How many rows to hold at once: what fits, from what two small parts keep for their backward, then by the clock."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from dpfa_training.sampling.part_timing import PartTiming
+
 SHARE = 0.25
 """Of the memory that is free, what one physical batch may keep; a public constant."""
 COPIES = 2
@@ -20,21 +22,22 @@ FIRST = (2, 4)
 
 
 class MemoryProbe:
-    """Chooses the size of physical batches after two of different sizes; the draw and its noise stay the same.
+    """Chooses the size of physical batches during the first draws; the draws and their noise stay the same.
 
     Args:
         module: whose forward is watched.
-        refine: (rows that fit) to (rows to take), for who knows which size is fastest.
+        timed: try several sizes that fit, as ``clipped`` tells their times; else take all that fits.
         free: bytes available on the module's device.
     """
 
     def __init__(
-        self, module: nn.Module, refine: Callable[[int], int], free: Callable[[nn.Module], int] | None = None
+        self, module: nn.Module, *, timed: bool = False, free: Callable[[nn.Module], int] | None = None
     ) -> None:
         self._module = module
         self.chosen: int | None = None
         """Rows in a physical batch from here on; None until it is chosen."""
-        self._refine, self._free = refine, free or free_bytes
+        self._timed, self._free = timed, free or free_bytes
+        self._timing: PartTiming | None = None
         self._asked = False
         self._rows = 0
         self._kept: dict[int, int] = {}
@@ -49,6 +52,8 @@ class MemoryProbe:
         """The largest physical batch at the moment."""
         if self.chosen is not None:
             return self.chosen
+        if self._timing is not None:
+            return self._timing.rows()
         first, self._asked = not self._asked, True
         return FIRST[0] if first else FIRST[1]
 
@@ -56,12 +61,19 @@ class MemoryProbe:
         """The next forward sees `rows` rows."""
         self._rows = rows
 
+    def clipped(self, rows: int, seconds: float) -> None:
+        """Forward, backward and clip of a physical batch of `rows` rows took that long."""
+        if self._timing is not None and self.chosen is None:
+            self._timing.took(rows, seconds)
+            self.chosen = self._timing.chosen
+
     def __deepcopy__(self, memo: dict[int, Any]) -> MemoryProbe:
         """A copied model is an ordinary model: its hooks lead here and are ignored."""
         return self
 
     def _begin(self, module: nn.Module, args: Any) -> None:
-        wanted = self._rows and self.chosen is None and module is self._module
+        undecided = self.chosen is None and self._timing is None
+        wanted = self._rows and undecided and module is self._module
         if wanted and module.training and torch.is_grad_enabled():
             self._storages = {}
             self._watching = saved_tensors_hooks(self._keep, lambda tensor: tensor)
@@ -86,7 +98,10 @@ class MemoryProbe:
         (few, small), (many, large) = sorted(self._kept.items())
         each = max(1, (large - small) // (many - few)) * COPIES
         fitting = max(FIRST[0], int(SHARE * self._free(module)) // each)
-        self.chosen = max(FIRST[0], min(fitting, self._refine(fitting)))
+        if self._timed:
+            self._timing = PartTiming(FIRST[1], fitting)
+        else:
+            self.chosen = fitting
         for hook in self._hooks:
             hook.remove()
 
