@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from dpfa_accounting.calibration import calibrate_noise_multiplier
 from dpfa_core.checks import fraction, integer, one_of, positive, require
-from dpfa_core.errors import LedgerError, PrivacyParameterError
+from dpfa_core.errors import LedgerError, NotPrivateError, PrivacyParameterError
 from dpfa_core.ledger import Ledger
 from dpfa_kernels_torch.noise.keys import KeySource
 from dpfa_training.adaptive_clipping import QuantileClipping
@@ -195,6 +195,7 @@ def attach(
         raise LedgerError(
             f'training needs a ledger with unit="{plan.unit}", got {ledger.unit!r}; open one for this training.'
         )
+    _one_process()
     keys = KeySource(seed, generator="chacha20")
     engine = Engine(
         module=module, optimizer=optimizer, plan=plan, keys=keys, ledger=ledger, planned_steps=planned_steps
@@ -207,6 +208,16 @@ def attach(
     limit = MemoryProbe(module, timed=on_cpu) if isinstance(rows, str) else rows
     engine.draws = Draws(plan.sampler(), keys, limit, users)
     return module, optimizer, PrivateLoader(data_loader, engine.draws, engine)
+
+
+def _one_process() -> None:
+    """Several processes would each draw a batch, a noise and a price of their own."""
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        raise NotPrivateError(
+            f"private training runs in one process in this version, got a group of {distributed.get_world_size()}: "
+            "norms belong to one rank's people and noise must be added once for all; start it without torchrun."
+        )
 
 
 def _units(
