@@ -95,6 +95,7 @@ def test_whatever_a_backend_saves_comes_back(inputs: Callable[..., Any]) -> None
 
     q, k, v = (x.requires_grad_() for x in inputs())
     nothing: Any = None
-    release(q, k, v, nothing, nothing, nothing, Other(), 1.0).sum().backward()  # type: ignore[arg-type]
+    plan = NoisePlan(mechanism="none", distribution="none", head_scale=(0.0,))
+    release(q, k, v, nothing, plan, nothing, Other(), 1.0).sum().backward()  # type: ignore[arg-type]
     assert torch.equal(q.grad, 2 * q)  # type: ignore[arg-type]
     assert torch.equal(k.grad, 3 * q)  # type: ignore[arg-type]

@@ -13,5 +13,18 @@ def test_importing_the_package_imports_no_torch() -> None:
 def test_public_names_are_the_ones_listed() -> None:
     import dpfa_attention
 
-    assert sorted(dpfa_attention.__all__) == ["PrivacyStats", "dp_flash_attn_func", "process_ledger"]
+    assert sorted(dpfa_attention.__all__) == [
+        "DPFlashAttention",
+        "LeakingPath",
+        "PrivacySpent",
+        "PrivacyStats",
+        "ReleasePaths",
+        "check_release_paths",
+        "dp_flash_attn_func",
+        "dp_flash_attn_qkvpacked_func",
+        "dp_flash_attn_varlen_func",
+        "dp_flash_attn_with_kvcache",
+        "dp_scaled_dot_product_attention",
+        "process_ledger",
+    ]
     assert all(callable(getattr(dpfa_attention, name)) for name in dpfa_attention.__all__)

@@ -27,6 +27,20 @@ def test_an_alias_is_a_mechanism_and_an_accountant(asked: str, meant: tuple[str,
     assert resolve(asked) == meant
 
 
+@pytest.mark.parametrize(
+    ("asked", "structure", "meant"),
+    [
+        ("structured_noise", None, ("low_rank", None)),
+        ("structured_noise", "sparse", ("sparse", None)),
+        ("gaussian", "block_diagonal", ("block_diagonal", None)),
+        ("pld", "attention_aware", ("attention_aware", "pld")),
+        ("sparse", "sparse", ("sparse", None)),
+    ],
+)
+def test_a_structure_is_a_mechanism(asked: str, structure: str | None, meant: tuple[str, str | None]) -> None:
+    assert resolve(asked, structure) == meant
+
+
 def test_both_forms_of_the_accent_are_tested() -> None:
     assert unicodedata.normalize("NFC", "rényi") != unicodedata.normalize("NFD", "rényi")
 

@@ -75,8 +75,8 @@ BROKEN: list[tuple[str, str, type[DPFAError], str]] = [
     (
         'head_scale=(scale,)',
         'head_scale=(scale,), structure=Structure(kind="sparse", parameters=(), seed=1)',
-        PrivacyParameterError,
-        "mechanism 'double' plans 'sparse' noise, which this version does not offer",
+        PluginError,
+        "must plan a structure that can be made; nothing was released. Correct the plugin. sparse noise needs the",
     ),
 ]  # fmt: skip
 

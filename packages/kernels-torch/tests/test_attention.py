@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,6 +17,14 @@ from dpfa_kernels_torch import TorchBackend, attention
 
 SCALE = 0.4
 NAN, INF = float("nan"), float("inf")
+
+
+def random_mask(rows: int, keys: int) -> bytes:
+    """Half of the keys, a row that sees none among them."""
+    seen = np.random.default_rng(0).random((rows, keys)) < 0.5
+    seen[2] = False
+    return np.packbits(seen).tobytes()
+
 
 CASES: dict[str, dict[str, Any]] = {
     "dense": {},
@@ -32,6 +42,9 @@ CASES: dict[str, dict[str, Any]] = {
     "value clip": {"clip_norm": 0.8},
     "output clip": {"clip_norm": 0.3, "clip": "output"},
     "one by one": {"batch": 1, "q_len": 1, "kv_len": 1, "q_heads": 1, "kv_heads": 1, "head_dim": 1},
+    "mask": {"mask": random_mask(7, 9)},
+    "mask, causal, logit bound": {"mask": random_mask(7, 9), "causal": True, "logit_bound": 0.7},
+    "mask, window, lengths": {"mask": random_mask(7, 9), "window": (2, 3), "lengths": ((7, 9), (5, 6))},
     "odd": {"q_len": 63, "kv_len": 100, "head_dim": 24, "causal": True},
 }
 
@@ -40,6 +53,15 @@ def clipped(row: torch.Tensor, norm: float | None, order: int) -> torch.Tensor:
     if norm is None:
         return row
     return row * min(1.0, norm / max(float(torch.linalg.vector_norm(row, order)), 1e-300))
+
+
+def seen_by(problem: AttentionProblem, batch_row: int, row: int) -> list[int]:
+    """Bit by bit: what the ranges show and the mask does not hide."""
+    keys = range(*visible_range(dataclasses.replace(problem, mask=None), row, batch_row))
+    if problem.mask is None:
+        return list(keys)
+    places = [row * problem.kv_len + key for key in keys]
+    return [key for key, at in zip(keys, places, strict=True) if problem.mask[at // 8] >> (7 - at % 8) & 1]
 
 
 def by_definition(
@@ -56,16 +78,16 @@ def by_definition(
     group = problem.q_heads // problem.kv_heads
     for b in range(problem.batch):
         for i in range(lengths(problem, b)[0]):
-            start, stop = visible_range(problem, i, b)
+            keys = seen_by(problem, b, i)
             for h in range(problem.q_heads):
-                if start == stop:
+                if not keys:
                     continue
-                logits = [scale * float(q[b, i, h] @ k[b, j, h // group]) for j in range(start, stop)]
+                logits = [scale * float(q[b, i, h] @ k[b, j, h // group]) for j in keys]
                 if problem.logit_bound is not None:
                     logits = [problem.logit_bound * math.tanh(x / problem.logit_bound) for x in logits]
                 top = max(logits)
                 weights = torch.tensor([math.exp(x - top) for x in logits], dtype=torch.float64)
-                values = [v[b, j, h // group] for j in range(start, stop)]
+                values = [v[b, j, h // group] for j in keys]
                 if problem.clip == "value":
                     values = [clipped(value, problem.clip_norm, order) for value in values]
                 row = (weights / weights.sum()) @ torch.stack(values)
@@ -125,7 +147,7 @@ def test_blocks_do_not_change_the_result(
     inputs: Callable,
     noiseless: NoisePlan,
 ) -> None:
-    for case in ("causal window", "lengths, causal", "dense"):
+    for case in ("causal window", "lengths, causal", "dense", "mask", "mask, window, lengths"):
         shape = problem(dtype="float64", **CASES[case])
         tensors = inputs(shape)
         monkeypatch.setattr(attention, "LOGITS", 1 << 20)
@@ -145,6 +167,18 @@ def test_hidden_keys_stay_hidden_under_the_logit_bound(
     k[:, 5:], v[:, 5:] = 100.0, -100.0
     after = released(backend, (q, k, v), shape, noiseless)
     assert torch.equal(before[:, :5], after[:, :5])
+
+
+def test_what_a_mask_hides_stays_hidden_under_the_logit_bound(
+    backend: TorchBackend, problem: Callable, inputs: Callable, noiseless: NoisePlan
+) -> None:
+    seen = torch.ones(7, 9, dtype=torch.bool)
+    seen[:, 4] = False
+    shape = problem(mask=np.packbits(seen.numpy()).tobytes(), logit_bound=1.0)
+    q, k, v = inputs(shape)
+    before = released(backend, (q, k, v), shape, noiseless)
+    k[:, 4], v[:, 4] = 100.0, -100.0
+    assert torch.equal(released(backend, (q, k, v), shape, noiseless), before)
 
 
 def test_weight_of_one_key_does_not_depend_on_another() -> None:

@@ -32,23 +32,34 @@ def test_supported_problem_has_no_reasons(backend: TorchBackend, problem: Callab
 
 
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
-    "mask": ({"mask": bytes(8)}, {}, "packed mask"),
     "head_dim": ({"head_dim": 2049}, {}, "at most 2048 of column, got 2049"),
     "logit bound": ({"logit_bound": 351.0}, {}, "logit_bound must be at most 350"),
     "mps": ({"device": "mps:0"}, {}, "mps lacks"),
-    "structure": (
+    "rank": (
         {},
-        {"structure": Structure(kind="low_rank", parameters=(("rank", 2.0),), seed=1)},
-        "Structured noise is not done here, got 'low_rank'",
+        {"structure": Structure(kind="low_rank", parameters=(("rank", 6.0),), seed=1)},
+        "needs the parameter 'rank', an integer from 1 to 5",
     ),
-    "discrete": ({}, {"distribution": "discrete_gaussian"}, "got discrete_gaussian by bm64"),
+    "kept columns": (
+        {},
+        {"structure": Structure(kind="sparse", parameters=(), seed=1)},
+        "needs the parameter 'kept', an integer from 1 to 5",
+    ),
+    "structure of another noise": (
+        {},
+        {"structure": Structure(kind="sparse", parameters=(("kept", 2.0),), seed=1), "distribution": "laplace"},
+        "A structure shapes gaussian noise, got laplace",
+    ),
+    "discrete without a grid": ({}, {"distribution": "discrete_gaussian"}, "a power of two, got 0.0"),
+    "discrete on a crooked grid": ({}, {"distribution": "discrete_gaussian", "grid": 0.1}, "a power of two, got 0.1"),
+    "discrete on too fine a grid": ({}, {"distribution": "discrete_gaussian", "grid": 2.0**-50}, "below 2**46 grids"),
     "custom": ({}, {"distribution": "custom"}, "got custom by bm64"),
     "laplace from few bits": (
         {"dtype": "float16"},
         {"distribution": "laplace", "transform": "bm32"},
         "got laplace by bm32",
     ),
-    "norm": ({}, {"norm": "whitened_l2"}, "clipped in l1 or l2 here, got 'whitened_l2'"),
+    "norm": ({}, {"norm": "whitened_l2"}, "A clip in whitened_l2 needs a block_diagonal structure"),
     "heads": ({}, {"head_scale": (1.0, 1.0)}, "head_scale must have 1 or 4 entries, got 2"),
     "rows": ({}, {"row_scale": (1.0, 1.0)}, "row_scale must have 1 or 10 entries, got 2"),
     "no clip": ({"clip_norm": None}, {}, "Noise without a clip_norm hides nothing"),

@@ -20,6 +20,7 @@ CASES: dict[str, dict[str, Any]] = {
     "logit bound": {"logit_bound": 0.8, "clip_norm": 1.5, "causal": True},
     "large logit bound": {"logit_bound": 50.0},
     "lengths": {"lengths": ((3, 2), (0, 4)), "causal": True, "clip_norm": 1.5},
+    "mask": {"mask": bytes([0b10110001, 0b10100000]), "clip_norm": 1.5, "causal": True},
     "window": {"window": (1, 0), "clip": "output", "clip_norm": 0.6},
 }
 

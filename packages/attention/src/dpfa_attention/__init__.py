@@ -8,12 +8,45 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dpfa_attention.default_ledger import process_ledger
     from dpfa_attention.functional import dp_flash_attn_func
+    from dpfa_attention.kv_cache import dp_flash_attn_with_kvcache
+    from dpfa_attention.module import DPFlashAttention
+    from dpfa_attention.privacy_spent import PrivacySpent
+    from dpfa_attention.qkv_packed import dp_flash_attn_qkvpacked_func
+    from dpfa_attention.release_paths import LeakingPath, ReleasePaths, check_release_paths
+    from dpfa_attention.sdpa_layout import dp_scaled_dot_product_attention
     from dpfa_attention.stats import PrivacyStats
+    from dpfa_attention.varlen import dp_flash_attn_varlen_func
 
 __version__ = "0.1.0"
-__all__ = ["PrivacyStats", "dp_flash_attn_func", "process_ledger"]
+__all__ = [
+    "DPFlashAttention",
+    "LeakingPath",
+    "PrivacySpent",
+    "PrivacyStats",
+    "ReleasePaths",
+    "check_release_paths",
+    "dp_flash_attn_func",
+    "dp_flash_attn_qkvpacked_func",
+    "dp_flash_attn_varlen_func",
+    "dp_flash_attn_with_kvcache",
+    "dp_scaled_dot_product_attention",
+    "process_ledger",
+]
 
-_WHERE = {"PrivacyStats": "stats", "dp_flash_attn_func": "functional", "process_ledger": "default_ledger"}
+_WHERE = {
+    "DPFlashAttention": "module",
+    "LeakingPath": "release_paths",
+    "PrivacySpent": "privacy_spent",
+    "PrivacyStats": "stats",
+    "ReleasePaths": "release_paths",
+    "check_release_paths": "release_paths",
+    "dp_flash_attn_func": "functional",
+    "dp_flash_attn_qkvpacked_func": "qkv_packed",
+    "dp_flash_attn_varlen_func": "varlen",
+    "dp_flash_attn_with_kvcache": "kv_cache",
+    "dp_scaled_dot_product_attention": "sdpa_layout",
+    "process_ledger": "default_ledger",
+}
 
 
 def __getattr__(name: str) -> Any:

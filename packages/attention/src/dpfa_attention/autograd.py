@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils import _pytree as pytree
 
-from dpfa_core.contracts import Backend, NoiseKey, PlanTensors
+from dpfa_attention.structure_tensors import structure_tensors
+from dpfa_core.contracts import Backend, NoiseKey
 from dpfa_core.spec import AttentionProblem, NoisePlan
 
 
@@ -47,7 +48,8 @@ class Release(torch.autograd.Function):
         backend: Backend,
         softmax_scale: float,
     ) -> tuple[Tensor, Any]:
-        return backend.release(q, k, v, problem, plan, PlanTensors(), key, softmax_scale=softmax_scale)
+        tensors = structure_tensors(plan, problem, q.device)
+        return backend.release(q, k, v, problem, plan, tensors, key, softmax_scale=softmax_scale)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Any]) -> None:

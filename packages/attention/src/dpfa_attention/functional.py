@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeVar, cast
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from dpfa_attention.autograd import release
 from dpfa_attention.default_ledger import process_ledger
+from dpfa_attention.head_budgets import as_numbers
 from dpfa_attention.noise_keys import release_key
 from dpfa_attention.options import bound_of_logits, refuse_what_is_not_offered, resolve, scale_of_logits
 from dpfa_attention.pricing import noiseless_release, priced_release
@@ -61,6 +63,7 @@ def dp_flash_attn_func(
     seed: int | None = None,
     ledger: Ledger | None = None,
     return_privacy_stats: bool = False,
+    _lengths: tuple[tuple[int, int], ...] = (),
 ) -> Tensor | tuple[Tensor, PrivacyStats]:
     """Attention whose output is (epsilon, delta)-differentially private for one record of `unit`.
 
@@ -73,6 +76,8 @@ def dp_flash_attn_func(
     | epsilon finite | clip (`clip_norm` None means 1.0), noise, a priced event |
     | epsilon inf, `clip_norm` None | plain attention, the event ``NonPrivate`` |
     | epsilon inf, `clip_norm` given | clipped attention without noise, the event ``NonPrivate`` |
+    | `head_epsilons`, epsilon finite | heads share epsilon: the list fixes the ratios of their mu |
+    | `head_epsilons`, epsilon inf | each head costs what the list says; the total is priced and recorded |
 
     What the guarantee does not cover: gradients into what made q, k and v; residual connections around the
     call; anything else computed from the same records. A recomputed forward (activation checkpointing) would
@@ -92,13 +97,18 @@ def dp_flash_attn_func(
             mechanism's norm, in the units of v.
         logit_bound: logits become B * tanh(logit / B).
         mechanism: an installed one, or "pld" (gaussian, calibrated by PLD), "standard" and "renyi_gaussian"
-            (gaussian, calibrated by RDP), "laplacian" (laplace).
+            (gaussian, calibrated by RDP), "laplacian" (laplace), "structured_noise" (`noise_structure`).
+        noise_structure: "low_rank", "sparse", "block_diagonal" or "attention_aware": the mechanism of that name
+            with its default parameters. The first two release a projection of the output, block_diagonal clips in
+            the norm of its noise, attention_aware needs unit="token".
+        head_epsilons: one number > 0 for each of the H heads, public.
+        allow_infinite_heads: accept math.inf in `head_epsilons`: heads released without noise. The event is then
+            ``NonPrivate`` and epsilon_spent infinite.
         backend: an installed one, or "auto".
         seed: None for noise nobody can predict. An integer makes the noise of the n-th call with it the same
             in every process: not secure, and the ledger says so.
         ledger: where the release is charged; None is ``process_ledger(unit, relation)``.
-        dropout_p, alibi_slopes, return_attn_probs, noise_structure, head_epsilons, allow_infinite_heads:
-            refused by name unless they have their defaults.
+        dropout_p, alibi_slopes, return_attn_probs: refused by name unless they have their defaults.
 
     Returns: out [B, S, H, D] in q's dtype; with `return_privacy_stats` the pair (out, PrivacyStats).
 
@@ -114,14 +124,14 @@ def dp_flash_attn_func(
         dropout_p=dropout_p,
         alibi_slopes=alibi_slopes,
         return_attn_probs=return_attn_probs,
-        noise_structure=noise_structure,
         head_epsilons=head_epsilons,
         allow_infinite_heads=allow_infinite_heads,
     )
     _refuse_second_runs()
     spec = PrivacySpec(epsilon=epsilon, delta=delta, unit=unit, relation=relation, queries=queries)
     one_of("unit", unit, ("sequence", "token"), "Examples and users are units of training.")
-    private = not math.isinf(epsilon)
+    head_budget = as_numbers(head_epsilons)
+    private = not math.isinf(epsilon) or head_budget is not None
     problem = attention_problem(
         q,
         k,
@@ -132,13 +142,16 @@ def dp_flash_attn_func(
         clip_norm=1.0 if private and clip_norm is None else clip_norm,
         logit_bound=bound_of_logits(softcap, logit_bound),
     )
+    if _lengths:  # of padded batches: see varlen, kv_cache and sdpa_layout
+        problem = dataclasses.replace(problem, lengths=_lengths)
     scale = scale_of_logits(softmax_scale, problem.head_dim)
     ledger = _fitting(ledger, spec)
 
-    name, accountant = resolve(mechanism)
+    name, accountant = resolve(mechanism, noise_structure)
     entry = MECHANISMS.entry(name)
     if private:
-        priced = priced_release(entry, accountant, spec, problem, ledger.delta or 0.0)
+        lifetime = ledger.delta or 0.0
+        priced = priced_release(entry, accountant, spec, problem, lifetime, head_budget, allow_infinite_heads)
     else:
         priced = noiseless_release(entry, problem)
     chosen = selection.select("release", problem, priced.plan, backend).name
@@ -149,6 +162,8 @@ def dp_flash_attn_func(
         purpose += "; queries declared public"
     if not key.secure:
         purpose += "; noise from a seed, not secure"
+    if priced.plan.noiseless_heads:
+        purpose += "; some heads without noise"
     event_id = ledger.record(priced.event, purpose=purpose, mechanism=priced.mechanism, backend=chosen)
     out = release(q, k, v, problem, priced.plan, key, selection.backend(chosen), scale)
     if not return_privacy_stats:
@@ -164,6 +179,8 @@ def dp_flash_attn_func(
         backend=chosen,
         event_id=event_id,
         secure_noise=key.secure,
+        head_epsilons=priced.head_epsilons,
+        head_noise_scales=priced.plan.head_scale if head_budget else (),
     )
 
 

@@ -6,9 +6,8 @@ import math
 import unicodedata
 from typing import Any
 
-from dpfa_core.checks import is_real, non_negative, require
+from dpfa_core.checks import is_real, non_negative, one_of, require
 from dpfa_core.errors import NotPrivateError
-from dpfa_core.registry import MECHANISMS
 
 ALIASES = {
     "pld": ("gaussian", "pld"),
@@ -20,12 +19,34 @@ ALIASES = {
 """Alias to (mechanism, accountant that prices it; None: the least valid bound)."""
 
 
-def resolve(mechanism: str) -> tuple[str, str | None]:
-    """The mechanism's own name and the accountant that its alias asks for."""
+STRUCTURES = ("low_rank", "sparse", "block_diagonal", "attention_aware")
+"""What ``noise_structure`` may be; each is a mechanism of its own."""
+
+
+def resolve(mechanism: str, noise_structure: str | None = None) -> tuple[str, str | None]:
+    """The mechanism's own name and the accountant that its alias asks for.
+
+    ``noise_structure=X`` is ``mechanism=X``, and "structured_noise" is the structure given, or low_rank.
+
+    Raises: PrivacyParameterError for an unknown structure, or one of noise that is not Gaussian.
+    """
     require(isinstance(mechanism, str), "mechanism must be the name of an installed mechanism", mechanism)
     # an accent may come as one character or as two
-    name = unicodedata.normalize("NFC", mechanism)
-    return ALIASES.get(name, (name, None))
+    asked = unicodedata.normalize("NFC", mechanism)
+    if asked == "structured_noise":
+        name, accountant = noise_structure or "low_rank", None
+    else:
+        name, accountant = ALIASES.get(asked, (asked, None))
+    if noise_structure is None:
+        return name, accountant
+    one_of("noise_structure", noise_structure, STRUCTURES, "None is noise without structure.")
+    require(
+        name in ("gaussian", noise_structure),
+        f"noise_structure={noise_structure!r} shapes Gaussian noise, so mechanism must be 'gaussian'",
+        mechanism,
+        "Leave out one of them.",
+    )
+    return noise_structure, accountant
 
 
 def bound_of_logits(softcap: float, logit_bound: float | None) -> float | None:
@@ -59,9 +80,8 @@ def refuse_what_is_not_offered(
     dropout_p: float,
     alibi_slopes: Any,
     return_attn_probs: bool,
-    noise_structure: str | None,
-    head_epsilons: Any,
-    allow_infinite_heads: bool,
+    head_epsilons: Any = None,
+    allow_infinite_heads: bool = False,
 ) -> None:
     """Options of the signature that would void the guarantee, or that this version does not do.
 
@@ -79,22 +99,11 @@ def refuse_what_is_not_offered(
         "Dropped weights are rescaled, which no sensitivity here covers.",
     )
     _only_none("alibi_slopes", alibi_slopes, "Biased logits are not offered by this version; leave them out.")
-    installed = ", ".join(entry.name for entry in MECHANISMS.entries() if not entry.disabled) or "none"
-    _only_none(
-        "noise_structure",
-        noise_structure,
-        f"Structured noise is not offered by this version; choose a mechanism (installed: {installed}).",
-    )
-    _only_none(
-        "head_epsilons",
-        head_epsilons,
-        "A budget for each head is not offered by this version; epsilon covers all heads together.",
-    )
     require(
-        not allow_infinite_heads,
-        "allow_infinite_heads must be False",
+        not allow_infinite_heads or head_epsilons is not None,
+        "allow_infinite_heads must be False without head_epsilons",
         allow_infinite_heads,
-        "Heads without noise are not offered by this version.",
+        "A list in head_epsilons says which heads have no noise: math.inf.",
     )
 
 

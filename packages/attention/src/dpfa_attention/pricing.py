@@ -8,18 +8,16 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from dpfa_accounting.calibration import calibrate_noise_multiplier
-from dpfa_attention.sampler_end import cost_of_end, even, samplers
+from dpfa_attention.head_budgets import HeadBudgets, head_budgets
+from dpfa_attention.plan_checks import AGREEMENT, check_plan, check_structure
+from dpfa_attention.sampler_end import cost_of_end, samplers
 from dpfa_core.contracts import Mechanism
 from dpfa_core.errors import DPFAError, PluginError, PrivacyParameterError, UnsupportedEvent
 from dpfa_core.events import Composed, EpsilonDelta, Event, NonPrivate
 from dpfa_core.registry import MECHANISMS, Entry
-from dpfa_core.spec import AttentionProblem, NoisePlan, PrivacySpec, Sensitivity
+from dpfa_core.spec import AttentionProblem, NoisePlan, Norm, PrivacySpec, Sensitivity
 from dpfa_core.spending import first_party_accountants, upper_bound
-from dpfa_mechanisms.noise_energy import plan_multiplier
 from dpfa_mechanisms.sensitivity import sensitivity
-
-AGREEMENT = 1e-9
-"""Two correct prices of one release differ by less than this, relative or absolute."""
 
 LITTLE = 1.0 / 16.0
 """A sampler that costs more than this share of delta gives way to one that reaches further."""
@@ -38,20 +36,37 @@ class PricedRelease:
     noise_multiplier: float
     noise_std: float
     sensitivity: Sensitivity | None
+    head_epsilons: tuple[float, ...] = ()
+    """What each head costs alone, where heads differ."""
 
 
 @lru_cache(maxsize=1024)
 def noiseless_release(entry: Entry, problem: AttentionProblem) -> PricedRelease:
-    """Attention without noise, clipped in the mechanism's norm if at all: epsilon is infinite."""
+    """Attention without noise, clipped in the mechanism's norm if at all: epsilon is infinite.
+
+    Of a noise structure only what the clip needs is left.
+    """
+    mechanism, structure = _additive(entry), None
+    norm: Norm = "l2" if problem.clip_norm is None else mechanism.norm
+    if norm == "whitened_l2":
+        nothing = Sensitivity(norm=norm, value=0.0, naive=0.0, item="none")
+        structure = mechanism.plan(nothing, (1.0,), problem).structure
     plan = NoisePlan(
-        mechanism="none", distribution="none", head_scale=(0.0,), norm=_additive(entry).norm, transform="bm64"
+        mechanism="none", distribution="none", head_scale=(0.0,), norm=norm, structure=structure, transform="bm64"
     )
+    check_structure(entry, plan, problem)
     return PricedRelease("none", plan, NonPrivate(), math.inf, 0.0, 0.0, None)
 
 
 @lru_cache(maxsize=1024)
 def priced_release(
-    entry: Entry, accountant: str | None, spec: PrivacySpec, problem: AttentionProblem, lifetime_delta: float
+    entry: Entry,
+    accountant: str | None,
+    spec: PrivacySpec,
+    problem: AttentionProblem,
+    lifetime_delta: float,
+    head_epsilons: tuple[float, ...] | None = None,
+    allow_infinite_heads: bool = False,
 ) -> PricedRelease:
     """The noise that keeps `spec`, and what it costs.
 
@@ -60,11 +75,22 @@ def priced_release(
 
     Guarantee: tested (price by an accountant that did not choose the noise; cost of the end: see ``sampler_end``).
     Args: `entry` of the mechanism; `accountant` to calibrate by, None for the mechanism's closed form;
-    `lifetime_delta` at which the ledger adds up.
+    `lifetime_delta` at which the ledger adds up; `head_epsilons`, see ``head_budgets``.
     Raises: PrivacyParameterError with the mechanism's reasons, or if delta cannot pay the sampler's end;
     PluginError if accounting prices the release above the promise; UnsupportedEvent if it cannot price it.
     """
-    mechanism = _additive(entry)
+    mechanism, heads = _additive(entry), None
+    if head_epsilons is not None:
+        heads = head_budgets(
+            mechanism,
+            head_epsilons,
+            spec.epsilon,
+            spec.delta,
+            heads=problem.q_heads,
+            allow_infinite=allow_infinite_heads,
+        )
+        # what the list costs in all, or what the heads that have noise may cost
+        spec = dataclasses.replace(spec, epsilon=heads.epsilon)
     reasons = tuple(mechanism.supports(spec, problem))
     if reasons:
         raise PrivacyParameterError(f"mechanism {entry.name!r} cannot keep this promise: {' '.join(reasons)}")
@@ -72,7 +98,9 @@ def priced_release(
 
     # With the whole delta the noise is the least, and the sampler's end costs the most.
     least = mechanism.calibrate(spec.epsilon, spec.delta)
-    for plan in samplers(mechanism.plan(bound, (least,), problem), problem):
+    first = _planned(entry, mechanism, bound, least, problem, heads)
+    check_structure(entry, first, problem)
+    for plan in samplers(first, problem):
         cost = cost_of_end(plan, problem, bound, noise_multiplier=least, delta=spec.delta)
         if cost <= LITTLE * spec.delta:
             break
@@ -83,27 +111,61 @@ def priced_release(
         )
     left = math.nextafter(spec.delta - cost, 0.0)
 
+    def event_of(multiplier: float) -> Event:
+        return mechanism.event(multiplier) if heads is None else heads.event(mechanism, multiplier)
+
     noise_multiplier = max(least, mechanism.calibrate(spec.epsilon, left))
     if accountant is not None:
-        by_name = calibrate_noise_multiplier(mechanism.event, spec.epsilon, left, accountant)
+        by_name = calibrate_noise_multiplier(event_of, spec.epsilon, left, accountant)
         noise_multiplier = max(noise_multiplier, by_name)
-    event = mechanism.event(noise_multiplier)
+    if heads is not None:
+        noise_multiplier = max(noise_multiplier, heads.least(mechanism, left))
+    event = event_of(noise_multiplier)
     epsilon = _price(entry, accountant, event, spec, left)
 
-    plan = dataclasses.replace(mechanism.plan(bound, (noise_multiplier,), problem), transform=plan.transform)
-    _check_plan(entry, plan, noise_multiplier, bound, spec, problem)
+    plan = dataclasses.replace(
+        _planned(entry, mechanism, bound, noise_multiplier, problem, heads), transform=plan.transform
+    )
+    check_structure(entry, plan, problem)
+    check_plan(entry, plan, noise_multiplier, bound, spec, problem)
     lifetime = max(spec.delta, lifetime_delta)
     end = EpsilonDelta(0.0, cost_of_end(plan, problem, bound, noise_multiplier=noise_multiplier, delta=lifetime))
     scale = max(plan.head_scale) * max(plan.row_scale)
+    covered = heads is None or heads.complete
     return PricedRelease(
         entry.name,
         plan,
-        Composed((event, end)),
-        epsilon,
-        noise_multiplier,
+        Composed((event, end)) if covered else NonPrivate(),
+        epsilon if covered else math.inf,
+        noise_multiplier if covered else 0.0,
         scale * math.sqrt(2.0) if plan.distribution == "laplace" else scale,
         bound,
+        () if heads is None else heads.epsilons(noise_multiplier, left),
     )
+
+
+def _planned(
+    entry: Entry,
+    mechanism: Mechanism,
+    bound: Sensitivity,
+    noise_multiplier: float,
+    problem: AttentionProblem,
+    heads: HeadBudgets | None,
+) -> NoisePlan:
+    if heads is None:
+        return mechanism.plan(bound, (noise_multiplier,), problem)
+    multipliers = heads.multipliers(noise_multiplier)
+    # a mechanism plans noise; the heads that are to have none lose it afterwards
+    plan = mechanism.plan(bound, tuple(part or max(multipliers) for part in multipliers), problem)
+    if len(plan.head_scale) != len(multipliers):
+        raise PluginError(
+            f"mechanism {entry.name!r} of {entry.origin} must plan a scale for each of {len(multipliers)} heads, got "
+            f"{len(plan.head_scale)}; nothing was released. Correct the plugin."
+        )
+    if heads.complete:
+        return plan
+    scales = tuple(scale if part else 0.0 for scale, part in zip(plan.head_scale, multipliers, strict=True))
+    return dataclasses.replace(plan, head_scale=scales, noiseless_heads=True)
 
 
 def _additive(entry: Entry) -> Mechanism:
@@ -115,35 +177,6 @@ def _additive(entry: Entry) -> Mechanism:
             f"attention, got {kind!r}; choose another one."
         )
     return mechanism
-
-
-def _check_plan(
-    entry: Entry,
-    plan: NoisePlan,
-    noise_multiplier: float,
-    bound: Sensitivity,
-    spec: PrivacySpec,
-    problem: AttentionProblem,
-) -> None:
-    if plan.structure is not None:
-        raise PrivacyParameterError(
-            f"mechanism {entry.name!r} plans {plan.structure.kind!r} noise, which this version does not offer; "
-            "choose a mechanism without structure."
-        )
-    least = noise_multiplier * bound.value
-    if plan.norm != bound.norm or (even(plan) and plan.head_scale[0] * plan.row_scale[0] < least):
-        raise PluginError(
-            f"mechanism {entry.name!r} of {entry.origin} must plan noise of scale {least:.9g} or more and a clip in "
-            f"{bound.norm}, as its noise multiplier and norm say, got {plan}; nothing was released. Correct the plugin."
-        )
-    if not even(plan) and plan.distribution != "custom":
-        found = plan_multiplier(plan, spec, problem)
-        if found < noise_multiplier * (1.0 - AGREEMENT):
-            raise PluginError(
-                f"mechanism {entry.name!r} of {entry.origin} must plan noise of multiplier {noise_multiplier:.9g} or "
-                f"more, as it says, got rows and heads that together have {found:.9g}; nothing was released. Correct "
-                "the plugin."
-            )
 
 
 def _price(entry: Entry, accountant: str | None, event: Event, spec: PrivacySpec, delta: float) -> float:

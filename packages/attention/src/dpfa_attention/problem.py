@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,9 +30,12 @@ def attention_problem(
     clip: Literal["value", "output"],
     clip_norm: float | None,
     logit_bound: float | None,
+    mask: Tensor | None = None,
 ) -> AttentionProblem:
     """The shapes, dtype and device of q [B, S, H, D] and k, v [B, Sk, Hk, D], checked against each other.
 
+    Args: `mask`, bool [S, Sk], True = visible, the same for every batch row and head and for neighbours; what
+    causal or window hide stays hidden.
     Raises: PrivacyParameterError naming the tensor and what it should have been.
     """
     for name, x in (("q", q), ("k", k), ("v", v)):
@@ -67,12 +71,29 @@ def attention_problem(
         head_dim=D,
         causal=causal,
         window=tuple(window) if isinstance(window, list) else window,
+        mask=None if mask is None else packed_mask(mask, S, Sk),
         clip=clip,
         clip_norm=clip_norm,
         logit_bound=logit_bound,
         dtype=DTYPES[q.dtype],
         device=_architecture(q.device),
     )
+
+
+def packed_mask(mask: Tensor, q_len: int, kv_len: int) -> bytes:
+    """The bits of a public mask as ``AttentionProblem.mask`` holds them.
+
+    Visibility is never a bias: a number added to logits that are then bounded would show the hidden keys again.
+
+    Guarantee: tested (unpacked by the definition).
+    Raises: PrivacyParameterError for anything but bool [q_len, kv_len] that shows a key.
+    Source: PRIVACY P2.
+    """
+    good = isinstance(mask, Tensor) and mask.dtype == torch.bool and tuple(mask.shape) == (q_len, kv_len)
+    require(good, f"mask must be bool [{q_len}, {kv_len}], True where a key is visible", _described(mask))
+    shown = mask.detach().cpu()
+    require(bool(shown.any()), "mask must show at least one key", "a mask that hides every key")
+    return np.packbits(shown.numpy()).tobytes()
 
 
 def _described(x: Any) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
+from dpfa_core.checks import require
 from dpfa_core.errors import PrivacyParameterError
 from dpfa_core.spec import AttentionProblem, NoisePlan, Sensitivity
 from dpfa_mechanisms.tails import gaussian_tail, laplace_tail, released_numbers, tail_radius
@@ -15,13 +16,19 @@ BITS = {"bm32": 32, "bm64": 53}
 LAPLACE_END = {"float32": 23.5, "float16": 33.2, "bfloat16": 35.3}
 """In Laplace scales: where the gaps between 53-bit magnitudes reach the rounding step of the output."""
 
+DISCRETE_END = 2.0**-66
+"""For each number: what discrete Gaussian noise misses of its law, 2**-127, times 1 + exp(epsilon) up to epsilon 42."""
+
+LEAST_DISCRETE = 0.25
+"""With a smaller noise multiplier, one release could have an epsilon beyond that."""
+
 
 def samplers(plan: NoisePlan, problem: AttentionProblem) -> tuple[NoisePlan, ...]:
     """The plan with each transform that may turn bits into its noise, quickest first.
 
     A float32 output shows more bits than a 32-bit radius fills, and a Laplace magnitude needs its 53 bits.
     """
-    short = plan.distribution == "gaussian" and problem.dtype in ("bfloat16", "float16")
+    short = plan.distribution == "gaussian" and shown_dtype(plan, problem) in ("bfloat16", "float16")
     longest = dataclasses.replace(plan, transform="bm64")
     return (plan, longest) if short and plan.transform == "bm32" else (longest,)
 
@@ -32,15 +39,17 @@ def cost_of_end(
     """The delta to set aside, if ideal noise of `noise_multiplier` has at most `delta`.
 
     With delta - cost for the ideal noise, the sampled noise keeps delta; and the costs of several releases
-    add up.
+    add up. A structure is judged in the numbers that are drawn for it: the projected ones, or the axes on which
+    its covariance is one; what is computed from them afterwards costs nothing more.
 
     Guarantee: tested (against P10's formula; costs of many releases against the formula for all of them).
     Raises: PrivacyParameterError for noise whose end nobody has measured.
     Source: PRIVACY P10.
     """
-    numbers, row = released_numbers(problem), row_share(plan, sensitivity)
+    columns = drawn_columns(plan, problem)
+    numbers, row = released_numbers(dataclasses.replace(problem, head_dim=columns)), row_share(plan, sensitivity)
     if plan.distribution == "gaussian":
-        radius = tail_radius(problem.dtype, BITS[plan.transform])
+        radius = tail_radius(shown_dtype(plan, problem), BITS[plan.transform])
         groups, beyond = numbers // 2, math.exp(-radius * radius / 2.0)
         # P10's majorant over the moves that one row can make: a row's share of the move has a share of the pairs
         part = math.floor(groups * row**2)
@@ -52,15 +61,42 @@ def cost_of_end(
         groups, beyond = numbers, math.exp(-end)
         # convex in the move: the worst record spends it in as few rows as it can
         tail = laplace_tail(noise_multiplier / row, end=end) / row
+    elif plan.distribution == "discrete_gaussian" and problem.dtype in LAPLACE_END:
+        require(
+            noise_multiplier >= LEAST_DISCRETE,
+            f"discrete gaussian noise must have a noise multiplier of {LEAST_DISCRETE} or more",
+            noise_multiplier,
+            "Lower epsilon.",
+        )
+        # the law is exact to 2**-127 for each number, and what lies beyond its 32 scales is far less
+        return min(1.0, numbers * DISCRETE_END)
     else:
         raise PrivacyParameterError(
-            f"the end of the noise sampler is known for gaussian and laplace noise in float32, bfloat16 and "
-            f"float16, got {plan.distribution} in {problem.dtype}; choose one of these."
+            f"the end of the noise sampler is known for gaussian, laplace and discrete_gaussian noise in float32, "
+            f"bfloat16 and float16, got {plan.distribution} in {problem.dtype}; choose one of these."
         )
     # on the support that neighbours share, both laws are scaled by what the cut took away; a delta is itself
     # rounded, and more than a cost far below it would show
     growth = math.expm1(-groups * math.log1p(-beyond)) + 2.0**-39
     return min(1.0, (delta * growth + tail) * (1.0 + 2.0**-40))
+
+
+def drawn_columns(plan: NoisePlan, problem: AttentionProblem) -> int:
+    """Numbers drawn for one row of one head."""
+    structure = plan.structure
+    if structure is None or structure.kind == "block_diagonal":
+        return problem.head_dim
+    return int(dict(structure.parameters)["rank" if structure.kind == "low_rank" else "kept"])
+
+
+def shown_dtype(plan: NoisePlan, problem: AttentionProblem) -> str:
+    """How finely the output shows the numbers that were drawn.
+
+    Where a structure mixes them, one of them shows in many outputs, which together may have more bits of it than
+    a single one; none shows more than the float32 in which they are mixed.
+    """
+    mixed = plan.structure is not None and plan.structure.kind != "sparse"
+    return "float32" if mixed and problem.dtype in ("bfloat16", "float16") else problem.dtype
 
 
 def row_share(plan: NoisePlan, sensitivity: Sensitivity) -> float:

@@ -26,7 +26,7 @@ class PrivacyStats:
     privacy_mechanism: str
     """The mechanism's own name, whatever alias it was asked by; "none" where there was no noise."""
     noise_multiplier: float
-    """Gaussian: std / l2 sensitivity; Laplace: b / l1 sensitivity; 0 where there was no noise."""
+    """Gaussian: std / l2 sensitivity; Laplace: b / l1 sensitivity; 0 where there was none, or not in all heads."""
     noise_std: float
     """In output units; the largest over rows and heads."""
     backend: str
@@ -35,3 +35,7 @@ class PrivacyStats:
     secure_noise: bool
     """False where a seed was given: whoever knows it can subtract the noise."""
     grad_norm: float = math.nan
+    head_epsilons: tuple[float, ...] = ()
+    """What each head costs alone, rounded up, where `head_epsilons` were given; inf for one without noise."""
+    head_noise_scales: tuple[float, ...] = ()
+    """In output units, head by head, where `head_epsilons` were given; Gaussian: std, Laplace: b."""

@@ -58,7 +58,11 @@ class NoiseKey:
 
 @dataclass(frozen=True)
 class PlanTensors:
-    """Public tensors of a noise structure: ``out = f @ project + z @ mix.T``, clip on ``f @ whiten``."""
+    """Public tensors of a noise structure; rows f are clipped by the norm of ``f @ whiten``.
+
+    The output is ``(f @ project + z) @ mix.T``, the sum rounded before it is lifted, and without `project`
+    ``f + z @ mix.T``: projecting f alone and adding lifted noise would leave f's rounding errors without noise.
+    """
 
     project: Tensor = None
     mix: Tensor = None

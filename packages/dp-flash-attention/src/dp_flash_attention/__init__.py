@@ -1,7 +1,7 @@
 """Differentially private transformers: the public names.
 
 Two settings that are never mixed: *release*, where an attention output leaves and is noised
-(``dp_flash_attn_func``), and *training*, where attention is exact and the gradients are noised
+(``dp_flash_attn_func``, ``DPFlashAttention``), and *training*, where attention is exact and the gradients are noised
 (``make_private``).
 """
 
@@ -13,18 +13,37 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dp_flash_attention.cuda import cuda_version
     from dp_flash_attention.self_test import privacy_check
-    from dpfa_attention import PrivacyStats, dp_flash_attn_func
+    from dpfa_attention import (
+        DPFlashAttention,
+        PrivacySpent,
+        PrivacyStats,
+        ReleasePaths,
+        check_release_paths,
+        dp_flash_attn_func,
+        dp_flash_attn_qkvpacked_func,
+        dp_flash_attn_varlen_func,
+        dp_flash_attn_with_kvcache,
+        dp_scaled_dot_product_attention,
+    )
     from dpfa_core.ledger import Ledger
     from dpfa_training import clipped_gradients, engine_of, make_private, make_private_with_epsilon
 
 __version__ = "0.1.0"
 
 _WHERE = {
+    "DPFlashAttention": "dpfa_attention",
     "Ledger": "dpfa_core.ledger",
+    "PrivacySpent": "dpfa_attention",
     "PrivacyStats": "dpfa_attention",
+    "ReleasePaths": "dpfa_attention",
+    "check_release_paths": "dpfa_attention",
     "clipped_gradients": "dpfa_training",
     "cuda_version": "dp_flash_attention.cuda",
     "dp_flash_attn_func": "dpfa_attention",
+    "dp_flash_attn_qkvpacked_func": "dpfa_attention",
+    "dp_flash_attn_varlen_func": "dpfa_attention",
+    "dp_flash_attn_with_kvcache": "dpfa_attention",
+    "dp_scaled_dot_product_attention": "dpfa_attention",
     "engine_of": "dpfa_training",
     "make_private": "dpfa_training",
     "make_private_with_epsilon": "dpfa_training",
@@ -32,11 +51,19 @@ _WHERE = {
 }
 
 __all__ = [
+    "DPFlashAttention",
     "Ledger",
+    "PrivacySpent",
     "PrivacyStats",
+    "ReleasePaths",
+    "check_release_paths",
     "clipped_gradients",
     "cuda_version",
     "dp_flash_attn_func",
+    "dp_flash_attn_qkvpacked_func",
+    "dp_flash_attn_varlen_func",
+    "dp_flash_attn_with_kvcache",
+    "dp_scaled_dot_product_attention",
     "engine_of",
     "make_private",
     "make_private_with_epsilon",

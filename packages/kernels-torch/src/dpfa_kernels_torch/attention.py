@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dpfa_core.spec import AttentionProblem, Norm
 from dpfa_kernels_torch.clipping import clip_rows, zero_unless_finite
-from dpfa_kernels_torch.visibility import key_ranges
+from dpfa_kernels_torch.visibility import key_ranges, visible_keys
 
 LOGITS = 1 << 19
 """Logits held at a time."""
@@ -22,12 +22,18 @@ FLOAT32_LOGIT_BOUND = 40.0
 
 
 def cleaned_inputs(
-    q: Tensor, k: Tensor, v: Tensor, problem: AttentionProblem, norm: Norm, dtype: torch.dtype
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    problem: AttentionProblem,
+    norm: Norm,
+    dtype: torch.dtype,
+    whiten: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Inputs in the working dtype: non-finite rows are zeros, values clipped where the problem says so."""
     q, k, v = (zero_unless_finite(x.to(dtype)) for x in (q, k, v))
     if problem.clip == "value" and problem.clip_norm is not None:
-        v = clip_rows(v, problem.clip_norm, norm)
+        v = clip_rows(v, problem.clip_norm, norm, whiten)
     return q, k, v
 
 
@@ -80,8 +86,7 @@ def blocks(problem: AttentionProblem) -> Iterator[tuple[slice, slice, slice, Ten
             first, last = (x[some if problem.lengths else slice(None), part] for x in (start, stop))
             low, high = int(first.min()), int(last.max())
             if low < high:
-                key = torch.arange(low, high)
-                yield some, part, slice(low, high), (first[..., None] <= key) & (key < last[..., None])
+                yield some, part, slice(low, high), visible_keys(problem, some, part, low, high)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, problem: AttentionProblem, softmax_scale: float) -> Tensor:
@@ -107,6 +112,7 @@ def attention_backward(
     problem: AttentionProblem,
     norm: Norm,
     softmax_scale: float,
+    whiten: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of noiseless attention with its output clip, for cleaned inputs; recomputes each block."""
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
@@ -115,7 +121,7 @@ def attention_backward(
         with torch.enable_grad():
             out = attention_rows(*leaves, visible.to(q.device), problem.logit_bound, softmax_scale)
             if problem.clip == "output" and problem.clip_norm is not None:
-                out = clip_rows(out, problem.clip_norm, norm)
+                out = clip_rows(out, problem.clip_norm, norm, whiten)
         dq[some, rows], dk_part, dv_part = torch.autograd.grad(out, leaves, dout[some, rows])
         dk[some, keys] += dk_part
         dv[some, keys] += dv_part

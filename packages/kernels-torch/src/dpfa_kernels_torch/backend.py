@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -13,22 +14,26 @@ from dpfa_core.errors import PrivacyParameterError
 from dpfa_core.spec import AttentionProblem, NoisePlan, Norm, Reasons
 from dpfa_kernels_torch.attention import MAX_LOGIT_BOUND, attention, attention_backward, cleaned_inputs
 from dpfa_kernels_torch.epilogue import epilogue
+from dpfa_kernels_torch.noise.discrete_noise import LARGEST
 from dpfa_kernels_torch.noise.draw import TRANSFORMS
 from dpfa_kernels_torch.noise.layout import LAYOUTS, RELEASE_FIELDS
 from dpfa_kernels_torch.noise.training_noise import add_training_noise_
 from dpfa_kernels_torch.per_sample import RULES
 from dpfa_kernels_torch.per_sample.rule import Rule, float32_above
 from dpfa_kernels_torch.precision import plain_arithmetic, working_dtype
+from dpfa_kernels_torch.products import product
+from dpfa_kernels_torch.structures import against_structure, fitting
 
 
 class Saved(NamedTuple):
-    """What the backward of a release needs: its inputs, and no result."""
+    """What the backward of a release needs: its inputs, the public structure, and no result."""
 
     q: Tensor
     k: Tensor
     v: Tensor
     problem: AttentionProblem
     norm: Norm
+    tensors: PlanTensors
     softmax_scale: float
 
 
@@ -84,7 +89,7 @@ class TorchBackend:
         Guarantee: tested (against a definition in loops; noise law; bitwise repeatable for one key).
         Args:
             q: [B, S, H, D]; k, v: [B, Sk, Hk, D]; one dtype and device, those of `problem`.
-            tensors: of the plan's structure; this backend has none, so they are not read.
+            tensors: of the plan's structure, made from its public seed; None where it has none.
             key: of purpose "release" on q's device; None where the plan adds no noise.
         Returns: (out in q's dtype [B, S, H, D], what ``release_backward`` needs).
         Raises: PrivacyParameterError where ``supports`` has a reason, or tensors or key do not fit.
@@ -96,12 +101,13 @@ class TorchBackend:
         _fits("k", k, (B, problem.kv_len, Hk, D), problem, q.device)
         _fits("v", v, (B, problem.kv_len, Hk, D), problem, q.device)
         _key_fits(key, plan, q.device)
+        tensors = fitting(tensors, problem, plan, q.device)
         with plain_arithmetic(q.device):
-            cleaned = cleaned_inputs(q, k, v, problem, plan.norm, working_dtype(q))
+            cleaned = cleaned_inputs(q, k, v, problem, plan.norm, working_dtype(q), tensors.whiten)
             rows = attention(*cleaned, problem, softmax_scale).to(_noise_dtype(q))
             clip = problem.clip == "output" and problem.clip_norm is not None
-            out = epilogue(rows, problem, plan, key, clip=clip).to(q.dtype)
-        return out, Saved(q.detach(), k.detach(), v.detach(), problem, plan.norm, softmax_scale)
+            out = epilogue(rows, problem, plan, tensors, key, clip=clip).to(q.dtype)
+        return out, Saved(q.detach(), k.detach(), v.detach(), problem, plan.norm, tensors, softmax_scale)
 
     def release_backward(self, dout: Tensor, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients for q, k and v. The noise is additive and has none; clipped rows are projected.
@@ -110,14 +116,17 @@ class TorchBackend:
         Args: dout: [B, S, H, D].
         Returns: (dq, dk, dv) in the inputs' dtype.
         """
-        q, k, v, problem, norm, softmax_scale = saved
+        q, k, v, problem, norm, tensors, softmax_scale = saved
         inputs = [x.detach().requires_grad_() for x in (q, k, v)]
         with plain_arithmetic(q.device):
             dtype = working_dtype(q)
             with torch.enable_grad():
-                cleaned = cleaned_inputs(*inputs, problem, norm, dtype)
+                cleaned = cleaned_inputs(*inputs, problem, norm, dtype, tensors.whiten)
             detached = [x.detach() for x in cleaned]
-            grads = attention_backward(dout.to(dtype), *detached, problem, norm, softmax_scale)
+            dout = dout.to(dtype)
+            if tensors.project is not None:
+                dout = product(product(dout, tensors.mix), tensors.project.T)
+            grads = attention_backward(dout, *detached, problem, norm, softmax_scale, tensors.whiten)
             return torch.autograd.grad(cleaned, inputs, grads)
 
     def privatize_(
@@ -140,6 +149,7 @@ class TorchBackend:
         Raises: as ``release``.
         """
         self._refuse("privatize", problem, plan)
+        tensors = fitting(tensors, problem, plan, x.device)
         _fits("x", x, (problem.batch, problem.q_len, problem.q_heads, problem.head_dim), problem, x.device)
         _key_fits(key, plan, x.device)
         require(
@@ -148,7 +158,7 @@ class TorchBackend:
             problem.clip_norm,
         )
         with plain_arithmetic(x.device):
-            return x.copy_(epilogue(x.to(_noise_dtype(x)), problem, plan, key, clip=clip_rows))
+            return x.copy_(epilogue(x.to(_noise_dtype(x)), problem, plan, tensors, key, clip=clip_rows))
 
     def sqnorm(self, kind: str, saved: tuple[Any, ...], *, method: str = "auto") -> Tensor:
         """An upper bound of each sample's squared gradient norm, accumulated in float64.
@@ -272,8 +282,6 @@ def _against_problem(problem: AttentionProblem) -> Reasons:
         for name, size in sizes.items()
         if size > bounds[name]
     ]
-    if problem.mask is not None:
-        reasons.append("A packed mask is not done here; use causal, window or lengths.")
     if problem.logit_bound is not None and problem.logit_bound > MAX_LOGIT_BOUND:
         reasons.append(f"logit_bound must be at most {MAX_LOGIT_BOUND}, got {problem.logit_bound}; use None.")
     if problem.device.startswith("mps"):
@@ -283,24 +291,33 @@ def _against_problem(problem: AttentionProblem) -> Reasons:
 
 def _against_plan(problem: AttentionProblem, plan: NoisePlan) -> Reasons:
     reasons = []
-    if plan.structure is not None:
-        reasons.append(f"Structured noise is not done here, got {plan.structure.kind!r}.")
-    if plan.norm not in ("l1", "l2"):
-        reasons.append(f"Rows are clipped in l1 or l2 here, got {plan.norm!r}.")
+    reasons.extend(against_structure(problem, plan))
     if len(plan.head_scale) not in (1, problem.q_heads):
         reasons.append(f"head_scale must have 1 or {problem.q_heads} entries, got {len(plan.head_scale)}.")
     if len(plan.row_scale) not in (1, problem.kv_len + 1):
         reasons.append(f"row_scale must have 1 or {problem.kv_len + 1} entries, got {len(plan.row_scale)}.")
     if plan.distribution == "none":
         return tuple(reasons)
-    if (plan.distribution, plan.transform) not in TRANSFORMS:
+    if plan.distribution == "discrete_gaussian":
+        reasons.extend(_against_grid(plan))
+    elif (plan.distribution, plan.transform) not in TRANSFORMS:
         offered = ", ".join(f"{name} by {transform}" for name, transform in TRANSFORMS)
+        offered += ", discrete_gaussian"
         reasons.append(f"Noise here is {offered}; got {plan.distribution} by {plan.transform}.")
     if problem.clip_norm is None:
         reasons.append("Noise without a clip_norm hides nothing; set clip_norm.")
-    if plan.transform == "bm32" and problem.dtype in ("float32", "float64"):
+    if plan.distribution == "gaussian" and plan.transform == "bm32" and problem.dtype in ("float32", "float64"):
         reasons.append(f"{problem.dtype} outputs show where a 32-bit sampler ends; use transform='bm64'.")
     return tuple(reasons)
+
+
+def _against_grid(plan: NoisePlan) -> Reasons:
+    if plan.grid <= 0 or math.frexp(plan.grid)[0] != 0.5:
+        return (f"Discrete noise needs a grid that is a power of two, got {plan.grid}.",)
+    largest = max(plan.head_scale) * max(plan.row_scale)
+    if largest >= LARGEST * plan.grid:
+        return (f"The scale of discrete noise must be below 2**46 grids, got {largest / plan.grid:.4g}.",)
+    return ()
 
 
 def _fits(name: str, x: Tensor, shape: tuple[int, ...], problem: AttentionProblem, device: torch.device) -> None:

@@ -180,7 +180,7 @@ class ReleasePlanner:
 
 
 def _end_is_known(plan: NoisePlan) -> bool:
-    return plan.structure is None and plan.distribution in ("gaussian", "laplace")
+    return plan.distribution in ("gaussian", "laplace", "discrete_gaussian")
 
 
 def _check_plan(plan: NoisePlan, spec: PrivacySpec, problem: AttentionProblem, noise_multiplier: float) -> None:

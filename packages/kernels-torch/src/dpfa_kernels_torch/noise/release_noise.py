@@ -9,7 +9,7 @@ from dpfa_core.contracts import NoiseKey
 from dpfa_core.spec import AttentionProblem, NoisePlan
 from dpfa_kernels_torch.noise.draw import pairs
 from dpfa_kernels_torch.noise.layout import release_counts
-from dpfa_kernels_torch.visibility import key_ranges
+from dpfa_kernels_torch.visibility import visible_counts
 
 CHUNK = 1 << 18
 """Noise values computed at a time: bounds the float64 working set to a few megabytes."""
@@ -21,22 +21,36 @@ def noise_scale(problem: AttentionProblem, plan: NoisePlan) -> Tensor:
     row = torch.tensor(plan.row_scale, dtype=torch.float64)
     if len(plan.row_scale) == 1:
         return (head * row).reshape(1, 1, -1)
-    start, stop = key_ranges(problem)
-    return row[stop - start].unsqueeze(-1) * head
+    return row[visible_counts(problem)].unsqueeze(-1) * head
+
+
+def drawn_columns(plan: NoisePlan, head_dim: int) -> int:
+    """Columns of noise of one row of one head: fewer than head_dim where a structure projects."""
+    structure = plan.structure
+    if structure is None or structure.kind == "block_diagonal":
+        return head_dim
+    return int(dict(structure.parameters)["rank" if structure.kind == "low_rank" else "kept"])
 
 
 def release_noise(
-    problem: AttentionProblem, plan: NoisePlan, key: NoiseKey, dtype: torch.dtype = torch.float32
+    problem: AttentionProblem,
+    plan: NoisePlan,
+    key: NoiseKey,
+    dtype: torch.dtype = torch.float32,
+    mix: Tensor | None = None,
 ) -> Tensor:
     """The noise of a release: standard values times their scale in float64, rounded once to `dtype`.
+
+    Where a structure projects, the noise has as many columns as it projects to, and the counters count these.
 
     Guarantee: tested (known counters, laws at fixed seeds, independence over every coordinate).
     Args:
         key: a key of purpose "release"; the noise lies on its device.
-    Returns: `dtype` [B, S, H, D].
+        mix: [D, D], a root of the noise's covariance: each row z becomes ``z @ mix.T`` before it is rounded.
+    Returns: `dtype` [B, S, H, D], or [B, S, H, columns] where the plan's structure projects.
     """
     device = key.words.device
-    B, S, H, D = problem.batch, problem.q_len, problem.q_heads, problem.head_dim
+    B, S, H, D = problem.batch, problem.q_len, problem.q_heads, drawn_columns(plan, problem.head_dim)
     counts = release_counts(H, D)
     scale = noise_scale(problem, plan).to(device).expand(B, S, H).transpose(1, 2).reshape(B * H, S, 1)
     release = key.release.view(torch.int64).reshape(1, 1, 1)
@@ -59,5 +73,6 @@ def release_noise(
                 "release": release,
             }
             values = pairs(key, plan.distribution, plan.transform, coordinates, counts).flatten(-2)
-            noise[some, part] = (values[..., :D] * scale[some, part]).to(dtype)
+            values = values[..., :D] * scale[some, part]
+            noise[some, part] = (values if mix is None else values @ mix.to(values).T).to(dtype)
     return noise.reshape(B, H, S, D).transpose(1, 2)

@@ -1,0 +1,424 @@
+"""The module: torch's multi-head attention whose output is a release."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dpfa_attention.functional import dp_flash_attn_func
+from dpfa_attention.module_masks import as_lengths, hidden, outside
+from dpfa_attention.options import resolve
+from dpfa_attention.privacy_spent import Calls, PrivacySpent
+from dpfa_attention.stats import PrivacyStats
+from dpfa_attention.training_engine import guarding_engine, spent_by
+from dpfa_attention.upstream_gradients import closed
+from dpfa_core.checks import fraction, integer, one_of, positive, require
+from dpfa_core.errors import NotPrivateError, PrivacyParameterError
+from dpfa_core.ledger import Ledger
+from dpfa_core.spec import AttentionProblem, PrivacySpec, Relation, Unit
+from dpfa_mechanisms.sensitivity import reasons_against
+
+
+class DPFlashAttention(nn.Module):
+    """Multi-head attention in one of two settings that a call never changes, nor ``train()`` and ``eval()``.
+
+    | setting | forward | what is spent |
+    |---|---|---|
+    | "release" | clipped and noised; what leaves is (epsilon, delta)-private for one record | at each call |
+    | "training" | exact attention | by the engine, at optimiser steps |
+
+    Parameters have the names of ``nn.MultiheadAttention``, so the state of one loads here, and with epsilon inf
+    and no clip the outputs are equal. The output projection comes after the release and costs nothing. The input
+    projections come before it: their gradients are functions of the records.
+
+    What a release does not cover: what goes around this module (a residual connection, a skip), see
+    ``check_release_paths``. For unit="token" the rows of the input must depend on their own token only.
+
+    Guarantee: tested (as ``dp_flash_attn_func``).
+    Args:
+        embed_dim, num_heads: as in ``nn.MultiheadAttention``; so are `dropout` (training only), `bias`, `kdim` and
+            `vdim`. `batch_first` is True here.
+        epsilon, delta: of one call. In training they are not used: ``make_private`` takes the budget.
+        max_grad_norm, clip_norm: one number under two names, the clip of a release; in training, none.
+        head_epsilons: a number for each head; see ``dp_flash_attn_func``.
+        strategy: None, one noise multiplier for all heads.
+        noise_mechanism: an installed mechanism or an alias.
+        upstream_gradients: of a release. None: a backward that goes on to the input projections or the inputs
+            raises. "block": it stops, and what comes after the release trains. "allow": it goes on; such
+            gradients are not covered and must stay inside.
+        ledger: where calls are charged; None is ``process_ledger(unit, relation)``, which all modules share.
+        unit, queries, relation, clip, logit_bound, causal, window_size, noise_structure, allow_infinite_heads,
+            backend, seed: as in ``dp_flash_attn_func``.
+    Raises: PrivacyParameterError for anything that no call could use.
+    """
+
+    # torch's encoder layers skip a module's forward, and with it the noise, where this says that they can
+    _qkv_same_embed_dim = False
+
+    in_proj_weight: nn.Parameter | None
+    in_proj_bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        epsilon: float,
+        delta: float,
+        max_grad_norm: float | None = None,
+        head_epsilons: Sequence[float] | None = None,
+        strategy: str | None = None,
+        noise_mechanism: str = "gaussian",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        setting: Literal["release", "training"] = "release",
+        unit: Unit = "sequence",
+        queries: Literal["public", "private"] = "private",
+        relation: Relation = "replace",
+        clip_norm: float | None = None,
+        clip: Literal["value", "output"] = "value",
+        logit_bound: float | None = None,
+        causal: bool = False,
+        window_size: tuple[int, int] = (-1, -1),
+        noise_structure: str | None = None,
+        allow_infinite_heads: bool = False,
+        upstream_gradients: Literal["block", "allow"] | None = None,
+        dropout: float = 0.0,
+        batch_first: bool = True,
+        bias: bool = True,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        ledger: Ledger | None = None,
+        backend: str = "auto",
+        seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        integer("embed_dim", embed_dim, least=1)
+        integer("num_heads", num_heads, least=1)
+        require(embed_dim % num_heads == 0, f"embed_dim must be a multiple of num_heads={num_heads}", embed_dim)
+        one_of("setting", setting, ("release", "training"))
+        one_of("upstream_gradients", upstream_gradients, (None, "block", "allow"))
+        fraction("dropout", dropout)
+        require(strategy is None, "strategy must be None", strategy, "head_epsilons gives a budget to each head.")
+        self.embed_dim, self.num_heads, self.head_dim = embed_dim, num_heads, embed_dim // num_heads
+        self.kdim, self.vdim = kdim or embed_dim, vdim or embed_dim
+        self.epsilon, self.delta, self.setting, self.unit, self.relation = epsilon, delta, setting, unit, relation
+        self.queries, self.clip, self.logit_bound = queries, clip, logit_bound
+        self.clip_norm = _one_clip(max_grad_norm, clip_norm)
+        self.causal, self.window_size, self.dropout, self.batch_first = causal, tuple(window_size), dropout, batch_first
+        self.noise_mechanism, self.noise_structure = noise_mechanism, noise_structure
+        self.head_epsilons = None if head_epsilons is None else tuple(head_epsilons)
+        self.allow_infinite_heads = allow_infinite_heads
+        self.upstream_gradients, self.backend, self.seed = upstream_gradients, backend, seed
+        self._refuse_what_no_call_can_use()
+        self._calls = Calls(ledger, unit, relation)
+        self._forwards = 0
+
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+
+        def weight(rows: int, columns: int) -> nn.Parameter:
+            return nn.Parameter(nn.init.xavier_uniform_(torch.empty(rows, columns, **factory)))
+
+        if self.kdim == self.vdim == embed_dim:
+            self.in_proj_weight = weight(3 * embed_dim, embed_dim)
+            for name in ("q_proj_weight", "k_proj_weight", "v_proj_weight"):
+                self.register_parameter(name, None)
+        else:
+            self.register_parameter("in_proj_weight", None)
+            self.q_proj_weight = weight(embed_dim, embed_dim)
+            self.k_proj_weight = weight(embed_dim, self.kdim)
+            self.v_proj_weight = weight(embed_dim, self.vdim)
+        self.register_parameter("in_proj_bias", nn.Parameter(torch.zeros(3 * embed_dim, **factory)) if bias else None)
+        self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias, **factory)
+        if bias:
+            nn.init.zeros_(self.out_proj.bias)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor | None = None,
+        value: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool | None = None,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+        *,
+        return_privacy_stats: bool = False,
+    ) -> Tensor | tuple[Tensor, PrivacyStats] | tuple[Tensor, None]:
+        """One release, or in training exact attention.
+
+        Args:
+            query, key, value: [B, S, E], or [S, B, E] without batch_first, or [S, E]; `query` alone is
+                self-attention.
+            key_padding_mask: [B, Sk]; True, -inf or <= -1e4 hides a key, and padding is at the end. In causal
+                self-attention and under a window the queries of padding see nothing.
+            attn_mask: [S, Sk] or [B * H, S, Sk]; True hides, as in ``nn.MultiheadAttention``; see
+                ``dp_scaled_dot_product_attention`` for the patterns that can be served.
+            need_weights: True is refused. False, as torch's layers ask, returns (out, None).
+            average_attn_weights: accepted; there are no weights.
+            is_causal: aligned bottom-right, and beside an attn_mask, both hide.
+        Returns: out; (out, PrivacyStats) with return_privacy_stats; (out, None) with need_weights=False.
+        Raises: NotPrivateError for weights, or training outside an engine; as ``dp_flash_attn_func``.
+        """
+        if need_weights:
+            raise NotPrivateError(
+                "need_weights must be False, got True: attention weights are functions of the records that leave "
+                "without noise; compute them apart, outside what is promised."
+            )
+        require(
+            (key is None) == (value is None), "key and value must be given together", "one of them", "Or give neither."
+        )
+        own = key is None or (key is query and value is query)
+        inputs = [self._batched(name, x) for name, x in self._named(query, key, value)]
+        attn_mask = hidden("attn_mask", attn_mask)
+        padding = hidden("key_padding_mask", key_padding_mask)
+        if padding is not None and padding.dim() == 1:
+            padding = padding[None]
+        run = self._train if self.setting == "training" else self._release
+        out, stats = run(inputs, attn_mask, padding, self.causal or is_causal, own)
+        self._forwards += 1
+        if query.dim() == 2:
+            out = out[0]
+        elif not self.batch_first:
+            out = out.transpose(0, 1)
+        if return_privacy_stats:
+            return out, stats
+        return out if need_weights is None else (out, None)
+
+    def get_privacy_spent(self, delta: float | None = None) -> PrivacySpent:
+        """What the calls of this module cost together since the last reset; in training, what its engine spent.
+
+        A record that also meets other modules loses what their calls cost besides: `ledger_epsilon`.
+
+        Args: `delta` to answer at; None is the ledger's own, or else that of one call.
+        Raises: NotPrivateError in training without an engine.
+        """
+        if self.setting == "training":
+            return spent_by(guarding_engine(self.parameters()), delta, self.delta, self._forwards)
+        calls = self._calls
+        at = next(x for x in (delta, calls.ledger.delta, self.delta) if x is not None)
+        name, accountant = resolve(self.noise_mechanism)
+        return calls.spent(at, self.noise_structure or name, accountant)
+
+    def reset_privacy_accounting(self, reason: str | None = None) -> None:
+        """Count the next calls from zero, because they are about other records; `reason` says so.
+
+        The ledger keeps every line, its budget goes on, and `lifetime_epsilon` keeps the total.
+
+        Raises: PrivacyParameterError without a reason.
+        """
+        self._calls.new_period(reason or "")
+
+    @property
+    def period_reasons(self) -> tuple[str, ...]:
+        """Why each accounting period but the first was opened."""
+        return tuple(self._calls.reasons)
+
+    def set_clip_norm(self, clip_norm: float) -> None:
+        """Use another clip from the next call on; epsilon stays, and the noise follows the clip."""
+        positive("clip_norm", clip_norm)
+        require(self.setting == "release", 'a clip belongs to setting="release"', self.setting)
+        self.clip_norm = float(clip_norm)
+
+    def extra_repr(self) -> str:
+        promise = f"epsilon={self.epsilon}, delta={self.delta}, unit={self.unit!r}, setting={self.setting!r}"
+        return f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, {promise}"
+
+    # ---- release
+
+    def _release(
+        self, inputs: list[Tensor], attn_mask: Tensor | None, padding: Tensor | None, causal: bool, own: bool
+    ) -> tuple[Tensor, PrivacyStats]:
+        B, S, Sk = inputs[0].shape[0], inputs[0].shape[1], inputs[1].shape[1]
+        causal, lengths = as_lengths(
+            attn_mask,
+            padding,
+            shape=(B, S, Sk),
+            heads=self.num_heads,
+            causal=causal,
+            window=self._window(),
+            own=own,
+        )
+        q, k, v = (
+            F.linear(x, weight, bias).view(*x.shape[:2], self.num_heads, self.head_dim)
+            for x, weight, bias in zip(inputs, *self._input_projections(), strict=True)
+        )
+        open_tape = self.upstream_gradients == "allow"
+        more: dict[str, Any] = {}
+        if self.head_epsilons is not None:
+            more |= {"head_epsilons": self.head_epsilons, "allow_infinite_heads": self.allow_infinite_heads}
+        if self.noise_structure is not None:
+            more["noise_structure"] = self.noise_structure
+        released = dp_flash_attn_func(
+            q if open_tape else q.detach(),
+            k if open_tape else k.detach(),
+            v if open_tape else v.detach(),
+            causal=causal,
+            window_size=self._window(),
+            epsilon=self.epsilon,
+            delta=self.delta,
+            unit=self.unit,
+            relation=self.relation,
+            queries=self.queries,
+            clip_norm=self.clip_norm,
+            clip=self.clip,
+            logit_bound=self.logit_bound,
+            mechanism=self.noise_mechanism,
+            backend=self.backend,
+            seed=self.seed,
+            ledger=self._calls.given,
+            return_privacy_stats=True,
+            _lengths=lengths,
+            **more,
+        )
+        assert isinstance(released, tuple)  # noqa: S101  (asked for above)
+        out, stats = released
+        self._calls.add(stats.event_id)
+        if self.upstream_gradients is None:
+            out = closed(out, q, k, v)
+        projected: Tensor = self.out_proj(out.flatten(-2))
+        return projected, stats
+
+    def _input_projections(self) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
+        """(weights, biases) of query, key and value."""
+        if self.in_proj_weight is None:
+            weights: tuple[Tensor, ...] = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+        else:
+            weights = self.in_proj_weight.chunk(3)
+        return weights, (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
+
+    # ---- training
+
+    def _train(
+        self, inputs: list[Tensor], attn_mask: Tensor | None, padding: Tensor | None, causal: bool, own: bool
+    ) -> tuple[Tensor, PrivacyStats]:
+        engine = guarding_engine(self.parameters())
+        if engine is None and self.training and any(x.requires_grad for x in self.parameters()):
+            raise NotPrivateError(
+                'setting="training" must run inside an engine, got parameters that none guards: their gradients would '
+                "get no noise; call make_private on the model, or eval() to look at it."
+            )
+        q, k, v = (x.transpose(0, 1) for x in inputs)
+        out_of_sight = outside(q.shape[0], k.shape[0], causal=causal, window=self._window()).to(q.device)
+        attn_mask = out_of_sight if attn_mask is None else attn_mask | out_of_sight
+        alike = self.in_proj_weight is not None
+        out, _ = F.multi_head_attention_forward(
+            q,
+            k,
+            v,
+            self.embed_dim,
+            self.num_heads,
+            self.in_proj_weight,
+            self.in_proj_bias,
+            None,
+            None,
+            False,
+            self.dropout,
+            self.out_proj.weight,
+            self.out_proj.bias,
+            training=self.training,
+            key_padding_mask=padding,
+            need_weights=False,
+            attn_mask=attn_mask if bool(attn_mask.any()) else None,
+            use_separate_proj_weight=not alike,
+            q_proj_weight=None if alike else self.q_proj_weight,
+            k_proj_weight=None if alike else self.k_proj_weight,
+            v_proj_weight=None if alike else self.v_proj_weight,
+        )
+        ledger = getattr(engine, "ledger", None)
+        stats = PrivacyStats(
+            epsilon_spent=0.0,
+            delta=0.0,
+            scope="pending_step",
+            unit=getattr(ledger, "unit", None) or "example",
+            relation=getattr(ledger, "relation", None) or self.relation,
+            privacy_mechanism="none",
+            noise_multiplier=0.0,
+            noise_std=0.0,
+            backend="torch",
+            event_id="",
+            secure_noise=True,
+        )
+        return out.transpose(0, 1), stats
+
+    # ---- arguments
+
+    def _refuse_what_no_call_can_use(self) -> None:
+        if self.setting == "training":
+            require(
+                self.clip_norm is None and self.logit_bound is None and self.head_epsilons is None,
+                'clip_norm, max_grad_norm, logit_bound and head_epsilons must be None in setting="training"',
+                "another value",
+                "Attention is exact there; make_private takes max_grad_norm.",
+            )
+            return
+        spec = PrivacySpec(
+            epsilon=self.epsilon, delta=self.delta, unit=self.unit, relation=self.relation, queries=self.queries
+        )
+        one_of("unit", self.unit, ("sequence", "token"), 'Examples and users are units of setting="training".')
+        require(
+            self.dropout == 0,
+            'dropout must be 0 in setting="release"',
+            self.dropout,
+            "Dropped weights are rescaled, which no sensitivity here covers.",
+        )
+        private = not math.isinf(self.epsilon) or self.head_epsilons is not None
+        problem = AttentionProblem(
+            batch=1,
+            q_len=1,
+            kv_len=1,
+            q_heads=self.num_heads,
+            kv_heads=self.num_heads,
+            head_dim=self.head_dim,
+            window=self._window(),
+            clip=self.clip,
+            clip_norm=1.0 if private and self.clip_norm is None else self.clip_norm,
+            logit_bound=self.logit_bound,
+        )
+        reasons = reasons_against(spec, problem, "l2") if private else ()
+        if reasons:
+            raise PrivacyParameterError("this release has no sensitivity: " + " ".join(reasons))
+        require(
+            self.head_epsilons is None or len(self.head_epsilons) == self.num_heads,
+            f"head_epsilons must hold {self.num_heads} numbers, one for each head",
+            self.head_epsilons,
+        )
+        resolve(self.noise_mechanism)
+
+    def _window(self) -> tuple[int, int]:
+        return self.window_size[0], self.window_size[1]
+
+    def _named(self, query: Tensor, key: Tensor | None, value: Tensor | None) -> tuple[tuple[str, Tensor], ...]:
+        return (
+            ("query", query),
+            ("key", query if key is None else key),
+            ("value", query if value is None else value),
+        )
+
+    def _batched(self, name: str, x: Tensor) -> Tensor:
+        """[B, S, width]."""
+        width = {"query": self.embed_dim, "key": self.kdim, "value": self.vdim}[name]
+        require(
+            isinstance(x, Tensor) and x.dim() in (2, 3) and x.shape[-1] == width and not x.is_nested,
+            f"{name} must be a tensor [batch, length, {width}]",
+            list(x.shape) if isinstance(x, Tensor) and not x.is_nested else type(x).__name__,
+        )
+        if x.dim() == 2:
+            return x[None]
+        return x if self.batch_first else x.transpose(0, 1)
+
+
+def _one_clip(max_grad_norm: float | None, clip_norm: float | None) -> float | None:
+    require(
+        None in (max_grad_norm, clip_norm) or max_grad_norm == clip_norm,
+        f"clip_norm must equal max_grad_norm={max_grad_norm}, which means the same",
+        clip_norm,
+        "Give one of them.",
+    )
+    return max_grad_norm if clip_norm is None else clip_norm

@@ -1,0 +1,69 @@
+"""A mask read as what an attention problem can say: causal or not, and the lengths of each batch row."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dpfa_core.checks import require
+from dpfa_core.errors import PrivacyParameterError
+
+HIDDEN = -1e4
+"""An additive mask hides where it is this or less (PRIVACY P2)."""
+
+
+def visible(name: str, mask: Tensor) -> Tensor:
+    """Where `mask` shows a key: True, or an additive 0; the values of a mask are public.
+
+    Raises: PrivacyParameterError for an additive value that is neither 0 nor <= -1e4: a bias, not a mask.
+    """
+    require(
+        isinstance(mask, Tensor) and (mask.dtype == torch.bool or mask.is_floating_point()),
+        f"{name} must be a bool or floating-point tensor",
+        mask.dtype if isinstance(mask, Tensor) else type(mask).__name__,
+    )
+    if mask.dtype == torch.bool:
+        return mask
+    hidden = mask <= HIDDEN
+    require(
+        bool((hidden | (mask == 0)).all()),
+        f"{name} must hold 0 (visible) and -inf or numbers <= {HIDDEN:g} (hidden)",
+        "another value, which is a bias and no mask",
+        "Biased logits are not offered by this version.",
+    )
+    return ~hidden
+
+
+def causal_and_lengths(name: str, shown: Tensor, *, causal: bool = False) -> tuple[bool, tuple[tuple[int, int], ...]]:
+    """(causal, lengths) that show exactly what `shown` shows: bool [B, S, Sk].
+
+    With `causal`, keys ahead of the bottom-right diagonal are hidden besides. Lengths are empty where every
+    batch row is full.
+
+    Raises: PrivacyParameterError if no lengths say it.
+    """
+    B, S, Sk = shown.shape
+    row, key = torch.arange(S)[:, None], torch.arange(Sk)
+    shown = shown.cpu()
+    if causal:
+        shown = shown & (key <= row + Sk - S)
+    keys = (shown.any(1) * (key + 1)).amax(1).tolist()
+    rows = (shown.any(2) * (row[:, 0] + 1)).amax(1).tolist()
+    for diagonal in (causal, not causal):
+        found = []
+        for b in range(B):
+            for m, n in ((S, keys[b]), (rows[b], keys[b]), (S, Sk)):
+                said = (row < m) & (key < n)
+                if diagonal:
+                    # a token's query must stay where its key is, or its own row would be priced as another one
+                    said &= (key <= row + n - m) & (n - m == Sk - S)
+                if torch.equal(said, shown[b]):
+                    found.append((m, n))
+                    break
+        if len(found) == B:
+            full = all(pair == (S, Sk) for pair in found)
+            return diagonal, () if full else tuple(found)
+    raise PrivacyParameterError(
+        f"{name} must hide the end of each sequence, or what lies ahead of the bottom-right diagonal, got another "
+        "pattern; use causal, window_size or lengths, and put padding at the end."
+    )
