@@ -66,3 +66,11 @@ def test_pricing_needs_a_first_party_accountant(plugins: Any) -> None:
         spending([(Gaussian(1.0), 1)], 1e-5)
     with pytest.raises(PluginError, match="needs an accountant"):
         within([(Gaussian(1.0), 1)], 1e-5, 1.0)
+
+
+def test_loose_bounds_are_told_with_the_accountant(plugins: Any) -> None:
+    source = SOURCE.format(name="rdp", events=("Gaussian",), epsilon="2.0")
+    source += '        def remarks(self, event): return ("it is loose.",)\n'
+    plugins.add("dpfa-accounting", "accountants", {"rdp": "a_rdp:Book"}, {"a_rdp": source})
+    add(plugins, "gdp", "1.5", ("Gaussian",), "dpfa-verification")  # has nothing to say
+    assert spending([(Gaussian(1.0), 1)], 1e-5).remarks == (("rdp", "it is loose."),)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dpfa_core.events import Gaussian, Laplace, PoissonSampled
+from dpfa_core.events import BallsInBins, Gaussian, Laplace, PoissonSampled
 from dpfa_core.ledger import Ledger
 from dpfa_core.spending import upper_bound
 
@@ -27,6 +27,16 @@ def ledger(tmp_path_factory: pytest.TempPathFactory) -> Path:
         book.reserve(PoissonSampled(0.1, Gaussian(2.0)), 3, **LINE)
         book.record(Gaussian(4.0), **LINE | {"purpose": "release"})
     return path
+
+
+def test_a_bound_that_is_known_to_be_loose_says_so(dpfa, path):
+    with Ledger.open(path, unit="example", relation="add_or_remove", delta=1e-5) as book:
+        book.record(BallsInBins(10, 2, Gaussian(2.0)), **LINE)
+    found = dpfa("spent", path, "--json").json
+    assert any(line.startswith("pld: BallsInBins") and "without amplification" in line for line in found["remarks"])
+    assert not any(line.startswith("rdp") for line in found["remarks"])
+    assert found["epsilon"] == found["epsilons"]["rdp"]
+    assert "priced without amplification" in dpfa("spent", path).out
 
 
 def test_accountants_stand_side_by_side_with_values_or_reasons(dpfa, ledger):

@@ -24,6 +24,8 @@ class Spending:
     by_accountant: tuple[tuple[str, float], ...]
     reasons: tuple[tuple[str, str], ...]
     """(accountant, why it has no bound)."""
+    remarks: tuple[tuple[str, str], ...] = ()
+    """(accountant, in which way its bound is looser than it could be)."""
 
 
 def first_party_accountants() -> tuple[str, ...]:
@@ -62,7 +64,16 @@ def spending(events: Iterable[tuple[Event, int]], delta: float) -> Spending:
     if not values:
         listed = "; ".join(f"{name}: {reason}" for name, reason in reasons)
         raise UnsupportedEvent(f"no installed accountant has a bound for these events at {delta=}: {listed}")
-    return Spending(min(value for _, value in values), delta, tuple(values), tuple(reasons))
+    loose = tuple((name, remark) for name, _ in values for remark in remarks(name, events))
+    return Spending(min(value for _, value in values), delta, tuple(values), tuple(reasons), loose)
+
+
+def remarks(accountant: str, events: Iterable[tuple[Event, int]]) -> tuple[str, ...]:
+    """One sentence for each way in which `accountant` knows its bound of `events` to be loose, if it says so at all."""
+    ask = getattr(ACCOUNTANTS.create(accountant), "remarks", None)
+    if ask is None:
+        return ()
+    return tuple(dict.fromkeys(str(remark) for event, _ in events for remark in ask(event)))
 
 
 def within(events: Iterable[tuple[Event, int]], delta: float, budget: float) -> bool:

@@ -47,8 +47,11 @@ def size(count: int) -> str:
     return f"{count} bytes"
 
 
-def side_by_side(prices: dict[str, dict[str, float]], reasons: dict[str, str]) -> None:
-    """Epsilon by every accountant; ``prices`` is {column: {accountant: epsilon}}, and reasons follow in dim lines."""
+def side_by_side(prices: dict[str, dict[str, float]], reasons: dict[str, str], remarks: list[str]) -> None:
+    """Epsilon by every accountant; ``prices`` is {column: {accountant: epsilon}}.
+
+    Why others have none, and how bounds are loose, follows in dim lines.
+    """
     table = Table("accountant", *prices, box=None, header_style="bold", pad_edge=False)
     least = {column: min(values.values(), default=None) for column, values in prices.items()}
     for name in dict.fromkeys(name for values in prices.values() for name in values):
@@ -58,8 +61,8 @@ def side_by_side(prices: dict[str, dict[str, float]], reasons: dict[str, str]) -
             cells.append(Text(text, style="bold" if values.get(name) == least[column] else ""))
         table.add_row(name, *cells)
     answers.print(table)
-    for name, reason in reasons.items():
-        answers.print(Text(f"{name}: {reason}", style="dim"), soft_wrap=True)
+    for line in (*(f"{name}: {reason}" for name, reason in reasons.items()), *remarks):
+        answers.print(Text(line, style="dim"), soft_wrap=True)
 
 
 def warn(sentences: list[str]) -> None:

@@ -88,7 +88,7 @@ def plan_train(
             ("solved for", _words(question.unknown)),
         ],
     )
-    _prices({"epsilon": plan["epsilons"]}, plan["no_bound"])
+    _prices({"epsilon": plan["epsilons"]}, plan["no_bound"], plan["remarks"])
     ratio = answer.signal_to_noise
     two_columns(
         "What is left, and what it takes",
@@ -213,6 +213,7 @@ def _show_release(plan: dict[str, Any]) -> None:
     _prices(
         {"one call": plan["epsilons"]} | ({"all calls": plan["total_epsilons"]} if plan["calls"] > 1 else {}),
         plan["no_bound"] | plan["total_no_bound"],
+        plan["remarks"],
     )
     ratio = plan["signal_to_noise"]
     two_columns(
@@ -233,9 +234,9 @@ def _show_release(plan: dict[str, Any]) -> None:
     _end(plan)
 
 
-def _prices(columns: dict[str, dict[str, float]], reasons: dict[str, str]) -> None:
+def _prices(columns: dict[str, dict[str, float]], reasons: dict[str, str], remarks: list[str]) -> None:
     answers.print()
-    side_by_side(columns, reasons)
+    side_by_side(columns, reasons, remarks)
     answers.print()
 
 

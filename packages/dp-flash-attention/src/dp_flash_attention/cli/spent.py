@@ -45,7 +45,7 @@ def spent(
         table.add_row(str(row["count"]), Text(str(Event.from_json(row["event"]))))
     answers.print(table)
     answers.print()
-    side_by_side({"epsilon": found["epsilons"]}, found["no_bound"])
+    side_by_side({"epsilon": found["epsilons"]}, found["no_bound"], found["remarks"])
     answers.print()
     budget = found["budget"]
     rest = "none" if budget is None else f"{down(budget)}, {down(found['remaining'])} of it left"

@@ -35,6 +35,7 @@ def account(path: Path, delta: float | None = None, say: Say = nobody) -> dict[s
             "delta": chosen,
             "epsilons": dict(total.by_accountant),
             "no_bound": dict(total.reasons),
+            "remarks": [f"{name}: {remark}" for name, remark in total.remarks],
             "events": [{"event": event.to_json(), "count": count} for event, count in events],
             "unit": book.unit,
             "relation": book.relation,

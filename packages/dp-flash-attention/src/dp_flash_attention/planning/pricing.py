@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from dpfa_core.errors import DPFAError, UnsupportedEvent
 from dpfa_core.events import Event
-from dpfa_core.spending import Spending, first_party_accountants, upper_bound
+from dpfa_core.spending import Spending, first_party_accountants, remarks, upper_bound
 
 Say = Callable[[str], None]
 """Told in a few words what is computed next."""
@@ -32,4 +32,5 @@ def priced_by_all(event: Event, count: int, delta: float, say: Say = nobody) -> 
     if not values:
         listed = "; ".join(f"{name}: {reason}" for name, reason in reasons)
         raise UnsupportedEvent(f"no installed accountant can price {event!r} at {delta=}: {listed}")
-    return Spending(min(value for _, value in values), delta, tuple(values), tuple(reasons))
+    loose = tuple((name, remark) for name, _ in values for remark in remarks(name, ((event, count),)))
+    return Spending(min(value for _, value in values), delta, tuple(values), tuple(reasons), loose)

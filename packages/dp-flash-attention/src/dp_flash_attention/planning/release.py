@@ -257,6 +257,7 @@ def plan_release(question: ReleaseQuestion, say: Say = nobody) -> tuple[ReleaseP
         "delta": question.delta,
         "epsilons": epsilons,
         "no_bound": dict(one.reasons),
+        "remarks": [f"{name}: {remark}" for name, remark in one.remarks],
         "sampler_end_delta": end if _end_is_known(plan) else None,
         "calls": question.calls,
         "target_total_epsilon": question.total_epsilon,

@@ -205,6 +205,7 @@ def plan_training(question: TrainingQuestion, say: Say = nobody) -> tuple[Traini
         "delta": question.delta,
         "epsilons": dict(total.by_accountant),
         "no_bound": dict(total.reasons),
+        "remarks": [f"{name}: {remark}" for name, remark in total.remarks],
         "unit": question.unit,
         "relation": "add_or_remove",
         "signal_to_noise": ratio,

@@ -38,6 +38,7 @@ class Statement:
             "epsilon": self.spent.epsilon,
             "delta": self.spent.delta,
             "epsilons": dict(self.spent.by_accountant),
+            "remarks": [f"{name}: {remark}" for name, remark in self.spent.remarks],
             "unit": self.unit,
             "relation": self.plan.relation,
             "steps": self.steps,
