@@ -309,3 +309,38 @@ def test_a_copy_of_the_model_is_an_ordinary_model():
     assert twin.head.weight.grad is not None
     CRITERION(module(x), y).backward()
     opt.step()
+
+
+class Trimmed(nn.Module):
+    """Leaves out the padding that all rows share, and so much of its positions."""
+
+    def __init__(self):
+        super().__init__()
+        self.words = nn.Embedding(9, 6, padding_idx=0)
+        self.positions = nn.Parameter(torch.randn(1, 8, 6))
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, words):
+        words = words[:, : max(1, int((words != 0).sum(1).max()))]
+        x = torch.tanh(self.words(words) + self.positions[:, : words.shape[1]])
+        return self.head((x * (words != 0)[..., None]).sum(1))
+
+
+def test_a_batch_may_be_longer_than_the_samples_of_the_self_check():
+    torch.manual_seed(0)
+    module, words, labels = Trimmed(), torch.randint(1, 9, (12, 8)), torch.randint(0, 3, (12,))
+    words[:4, 5:] = 0  # the first rows are the ones that are checked
+    before, truth_module = copy.deepcopy(module.state_dict()), copy.deepcopy(module)
+    opt = torch.optim.SGD(module.parameters(), lr=1.0)
+    make_private(
+        module=module,
+        optimizer=opt,
+        data_loader=DataLoader(TensorDataset(words, labels), batch_size=12),
+        noise_multiplier=0,
+        max_grad_norm=0.5,
+        sampling="none",
+    )
+    run(module, opt, DataLoader(TensorDataset(words, labels), batch_size=12))
+    truth, _ = clipped_truth(truth_module, (words, labels), 0.5)
+    for name, value in module.state_dict().items():
+        torch.testing.assert_close(before[name] - value, truth[name].float() / 12, rtol=1e-4, atol=1e-6)

@@ -187,7 +187,9 @@ def _view(source: Any, result: Tensor, label: str, *, cast: bool = False) -> Any
         return None
     elif result.shape == base.shape and result.stride() == base.stride():
         if result.storage_offset() == base.storage_offset():
-            return source
+            if cast or label == source.label:
+                return source
+            kind = View  # a slice that happens to be the whole is used like any other slice
     elif base.dim() == 2 and result.shape == base.shape[::-1] and result.stride() == base.stride()[::-1]:
         kind = _Transposed if result.storage_offset() == base.storage_offset() else None
     elif result.is_contiguous() and base.is_contiguous():
