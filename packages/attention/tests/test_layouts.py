@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dpfa_attention import functional
+from dpfa_attention import release_op
 from dpfa_attention.functional import dp_flash_attn_func
 from dpfa_attention.kv_cache import dp_flash_attn_with_kvcache
 from dpfa_attention.qkv_packed import dp_flash_attn_qkvpacked_func
@@ -38,7 +38,7 @@ def packed(inputs: Callable[..., Any], q_lengths: list[int], k_lengths: list[int
 @pytest.fixture
 def one_key(monkeypatch: pytest.MonkeyPatch) -> None:
     key = KeySource(5).next_release("release", torch.device("cpu"))
-    monkeypatch.setattr(functional, "release_key", lambda *_: key)
+    monkeypatch.setattr(release_op, "release_key", lambda *_: key)
 
 
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"window_size": (1, 0), "softcap": 0.7}])

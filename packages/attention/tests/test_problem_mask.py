@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from dpfa_attention.autograd import release
 from dpfa_attention.pricing import priced_release
 from dpfa_attention.problem import attention_problem, packed_mask
 from dpfa_core import selection
@@ -33,8 +32,8 @@ def masked(qkv: Any, mask: Tensor, **options: Any) -> AttentionProblem:
 
 
 def silent(qkv: Any, problem: AttentionProblem) -> Tensor:
-    none: Any = None
-    return release(*qkv, problem, SILENT, none, selection.backend("torch"), 0.3)
+    out: Tensor = selection.backend("torch").release(*qkv, problem, SILENT, None, None, softmax_scale=0.3)[0]
+    return out
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -87,7 +87,6 @@ def test_no_replaced_record_moves_the_noised_numbers_further_than_planned(
     inputs: Callable[..., Any], structure: str, dtype: str
 ) -> None:
     """In stds of the noise, on its own axes, one token moves the release by 1 / noise_multiplier at the most."""
-    from dpfa_attention.autograd import release
     from dpfa_core import selection
 
     problem = AttentionProblem(
@@ -126,7 +125,8 @@ def test_no_replaced_record_moves_the_noised_numbers_further_than_planned(
                 sign * 9 * torch.sign(q[:, 1, :1]),
                 sign * v[:, 0],
             )
-            out = release(q, k, v, problem, silent, None, selection.backend("torch"), 0.5)  # type: ignore[arg-type]
+            tensors = structure_tensors(silent, problem, q.device)
+            out = selection.backend("torch").release(q, k, v, problem, silent, tensors, None, softmax_scale=0.5)[0]
             pair.append(out.double() @ back.double())
         largest = max(largest, float((pair[0] - pair[1]).norm()) / priced.plan.head_scale[0])
     assert 0.05 / priced.noise_multiplier < largest <= 1.0 / priced.noise_multiplier

@@ -189,7 +189,7 @@ def test_weight_of_one_key_does_not_depend_on_another() -> None:
     visible = torch.ones(9, dtype=torch.bool)
 
     def others(x: torch.Tensor, bound: float | None) -> torch.Tensor:
-        weights = attention.softmax_weights(x, visible, bound)[:, 1:]
+        weights = attention.softmax_weights(x, visible, bound)[0][:, 1:]
         return weights if bound else weights / weights[:, :1]
 
     assert torch.equal(others(logits, 4.0), others(other, 4.0))

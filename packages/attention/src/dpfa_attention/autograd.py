@@ -1,71 +1,160 @@
-"""A release on the tape: the backend's forward and backward, nothing of our own."""
+"""A release on the tape and under torch.func: what the operators do, where somebody wants its gradient or maps it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
-from torch.utils import _pytree as pytree
 
-from dpfa_attention.structure_tensors import structure_tensors
-from dpfa_core.contracts import Backend, NoiseKey
-from dpfa_core.spec import AttentionProblem, NoisePlan
+from dpfa_attention import release_op
+from dpfa_attention.terms import Terms
+from dpfa_core.errors import NotPrivateError
 
 
-def release(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    problem: AttentionProblem,
-    plan: NoisePlan,
-    key: NoiseKey,
-    backend: Backend,
-    softmax_scale: float,
-) -> Tensor:
+def release(q: Tensor, k: Tensor, v: Tensor, ticket: Tensor, *terms: Any) -> Tensor:
     """Noised attention of q, k, v, on the tape where one of them asks for a gradient."""
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        out: Tensor = Release.apply(q, k, v, problem, plan, key, backend, softmax_scale)[0]  # type: ignore[no-untyped-call]
-        return out
-    return Release.forward(q, k, v, problem, plan, key, backend, softmax_scale)[0]
+    if _off_tape(q, k, v):
+        return release_op.release(q, k, v, ticket, *terms)
+    out: Tensor = Release.apply(q, k, v, ticket, *terms)  # type: ignore[no-untyped-call]
+    return out
+
+
+def release_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *terms: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of ``release``."""
+    if _off_tape(dout, q, k, v):
+        return release_op.release_backward(dout, q, k, v, *terms)
+    grads: tuple[Tensor, Tensor, Tensor] = ReleaseBackward.apply(dout, q, k, v, *terms)  # type: ignore[no-untyped-call]
+    return grads
+
+
+def _off_tape(*tensors: Tensor) -> bool:
+    # the compiler cannot trace a function of autograd that nothing asks the gradient of
+    return torch.compiler.is_compiling() and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
 
 
 class Release(torch.autograd.Function):
-    """The backend's release and its backward. The noise is additive and has no gradient.
+    """Noised attention and its gradient. The noise is additive and has none.
 
     Guarantee: tested (finite differences in float64 at fixed noise).
     """
 
     @staticmethod
-    def forward(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        problem: AttentionProblem,
-        plan: NoisePlan,
-        key: NoiseKey,
-        backend: Backend,
-        softmax_scale: float,
-    ) -> tuple[Tensor, Any]:
-        tensors = structure_tensors(plan, problem, q.device)
-        return backend.release(q, k, v, problem, plan, tensors, key, softmax_scale=softmax_scale)
+    def forward(q: Tensor, k: Tensor, v: Tensor, ticket: Tensor, *terms: Any) -> Tensor:
+        return release_op.release(q, k, v, ticket, *terms)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Any]) -> None:
-        leaves, ctx.structure = pytree.tree_flatten(output[1])
-        # Tensors go through the tape, which notices when one is changed in place before the backward.
-        ctx.places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-        ctx.save_for_backward(*(leaves[place] for place in ctx.places))
-        for place in ctx.places:
-            leaves[place] = None
-        ctx.leaves, ctx.backend = leaves, inputs[6]
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        q, k, v, _, *terms = inputs
+        ctx.save_for_backward(q, k, v)
+        ctx.terms = Terms(*terms)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dout: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        leaves = list(ctx.leaves)
-        for place, tensor in zip(ctx.places, ctx.saved_tensors, strict=True):
-            leaves[place] = tensor
-        saved = pytree.tree_unflatten(leaves, ctx.structure)
-        return (*ctx.backend.release_backward(dout, saved), None, None, None, None, None)
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v = ctx.saved_tensors
+        dq, dk, dv = release_backward(dout, q, k, v, *ctx.terms)
+        return (dq, dk, dv, None, *(None for _ in ctx.terms))
+
+    @staticmethod
+    def vmap(info: Any, dims: Any, *arguments: Any) -> tuple[Tensor, int]:
+        return _mapped_release(release, info, dims, *arguments)
+
+
+class ReleaseBackward(torch.autograd.Function):
+    """The gradient, which has none itself."""
+
+    @staticmethod
+    def forward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *terms: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return release_op.release_backward(dout, q, k, v, *terms)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise NotPrivateError(
+            "a release must be differentiated once, got a request for its second derivative; detach the first one."
+        )
+
+    @staticmethod
+    def vmap(info: Any, dims: Any, *arguments: Any) -> Any:
+        return _mapped_backward(release_backward, info, dims, *arguments)
+
+
+# torch.vmap: slices become batch rows, each with noise of its own; the ledger is charged as by a loop, because what
+# is mapped may be many queries to one record.
+
+
+@release_op.draw_release.register_vmap
+def _(
+    info: Any,
+    dims: Any,
+    drawn: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    copies: int,
+    gradients: bool,
+    *values: Any,
+) -> tuple[Tensor, None]:
+    tensors = _merged(info.batch_size, dims[1:4], q, k, v)
+    copies, terms = copies * info.batch_size, _repeated(info.batch_size, values)
+    return release_op.draw_release(drawn, *tensors, copies, gradients, *terms), None
+
+
+@release_op.release.register_vmap
+def _(info: Any, dims: Any, *arguments: Any) -> tuple[Tensor, int]:
+    return _mapped_release(release_op.release, info, dims, *arguments)
+
+
+@release_op.release_backward.register_vmap
+def _(info: Any, dims: Any, *arguments: Any) -> Any:
+    return _mapped_backward(release_op.release_backward, info, dims, *arguments)
+
+
+def _mapped_release(
+    function: Callable[..., Tensor],
+    info: Any,
+    dims: Any,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ticket: Tensor,
+    *values: Any,
+) -> tuple[Tensor, int]:
+    tensors = _merged(info.batch_size, dims[:3], q, k, v)
+    return _apart(info.batch_size, function(*tensors, ticket, *_repeated(info.batch_size, values))), 0
+
+
+def _mapped_backward(
+    function: Callable[..., Any],
+    info: Any,
+    dims: Any,
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *values: Any,
+) -> Any:
+    tensors = _merged(info.batch_size, dims[:4], dout, q, k, v)
+    grads = function(*tensors, *_repeated(info.batch_size, values))
+    return tuple(_apart(info.batch_size, grad) for grad in grads), (0, 0, 0)
+
+
+def _merged(slices: int, dims: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Slices and batch rows in one dimension."""
+    return tuple(
+        (x.expand(slices, *x.shape) if dim is None else x.movedim(dim, 0)).flatten(0, 1)
+        for x, dim in zip(tensors, dims, strict=True)
+    )
+
+
+def _apart(slices: int, x: Tensor) -> Tensor:
+    return x.unflatten(0, (slices, -1))
+
+
+def _repeated(slices: int, values: tuple[Any, ...]) -> Terms:
+    terms = Terms(*values)
+    return terms._replace(lengths=tuple(terms.lengths) * slices)

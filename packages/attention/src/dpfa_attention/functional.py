@@ -2,38 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeVar, cast
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from dpfa_attention.autograd import release
-from dpfa_attention.default_ledger import process_ledger
-from dpfa_attention.head_budgets import as_numbers
-from dpfa_attention.noise_keys import release_key
-from dpfa_attention.options import bound_of_logits, refuse_what_is_not_offered, resolve, scale_of_logits
-from dpfa_attention.pricing import noiseless_release, priced_release
-from dpfa_attention.problem import attention_problem
+from dpfa_attention.default_ledger import ledger_numbered, number_and_delta
+from dpfa_attention.options import refuse_what_is_not_offered
+from dpfa_attention.recomputation import tracing_checkpoint
+from dpfa_attention.release_op import DRAWN, draw_release, line_of
 from dpfa_attention.stats import PrivacyStats
-from dpfa_core import selection
-from dpfa_core.checks import one_of, require
-from dpfa_core.errors import LedgerError, NotPrivateError
+from dpfa_attention.terms import Agreed, Terms, agreed
 from dpfa_core.ledger import Ledger
-from dpfa_core.registry import MECHANISMS
-from dpfa_core.spec import PrivacySpec, Relation, Unit
-
-Function = TypeVar("Function", bound=Callable[..., Any])
+from dpfa_core.spec import Relation, Unit
 
 
-def _outside_graphs(function: Function) -> Function:
-    # Compiled, two equal calls would become one, with the same noise twice.
-    return cast(Function, torch.compiler.disable(function))  # type: ignore[no-untyped-call]
-
-
-@_outside_graphs
 def dp_flash_attn_func(
     q: Tensor,
     k: Tensor,
@@ -63,7 +48,6 @@ def dp_flash_attn_func(
     seed: int | None = None,
     ledger: Ledger | None = None,
     return_privacy_stats: bool = False,
-    _lengths: tuple[tuple[int, int], ...] = (),
 ) -> Tensor | tuple[Tensor, PrivacyStats]:
     """Attention whose output is (epsilon, delta)-differentially private for one record of `unit`.
 
@@ -120,6 +104,68 @@ def dp_flash_attn_func(
         BackendUnavailable: no backend can run it; the text lists why.
         LedgerError, BudgetExhausted: not recorded, so not computed.
     """
+    result: Tensor | tuple[Tensor, PrivacyStats] = released(
+        q,
+        k,
+        v,
+        dropout_p=dropout_p,
+        softmax_scale=softmax_scale,
+        causal=causal,
+        window_size=window_size,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        return_attn_probs=return_attn_probs,
+        epsilon=epsilon,
+        delta=delta,
+        unit=unit,
+        relation=relation,
+        queries=queries,
+        clip_norm=clip_norm,
+        clip=clip,
+        logit_bound=logit_bound,
+        mechanism=mechanism,
+        noise_structure=noise_structure,
+        head_epsilons=head_epsilons,
+        allow_infinite_heads=allow_infinite_heads,
+        backend=backend,
+        seed=seed,
+        ledger=ledger,
+        return_privacy_stats=return_privacy_stats,
+    )
+    return result
+
+
+def released(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    lengths: tuple[tuple[int, int], ...] = (),
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    return_attn_probs: bool = False,
+    epsilon: float,
+    delta: float,
+    unit: Unit = "sequence",
+    relation: Relation = "replace",
+    queries: Literal["public", "private"] | None = None,
+    clip_norm: float | None = None,
+    clip: Literal["value", "output"] = "value",
+    logit_bound: float | None = None,
+    mechanism: str = "gaussian",
+    noise_structure: str | None = None,
+    head_epsilons: Sequence[float] | None = None,
+    allow_infinite_heads: bool = False,
+    backend: str = "auto",
+    seed: int | None = None,
+    ledger: Ledger | None = None,
+    return_privacy_stats: bool = False,
+) -> Any:
+    """``dp_flash_attn_func`` of a batch that is padded to `lengths`, (queries, keys) of each row; empty means full."""
     refuse_what_is_not_offered(
         dropout_p=dropout_p,
         alibi_slopes=alibi_slopes,
@@ -127,94 +173,85 @@ def dp_flash_attn_func(
         head_epsilons=head_epsilons,
         allow_infinite_heads=allow_infinite_heads,
     )
-    _refuse_second_runs()
-    spec = PrivacySpec(epsilon=epsilon, delta=delta, unit=unit, relation=relation, queries=queries)
-    one_of("unit", unit, ("sequence", "token"), "Examples and users are units of training.")
-    head_budget = as_numbers(head_epsilons)
-    private = not math.isinf(epsilon) or head_budget is not None
-    problem = attention_problem(
-        q,
-        k,
-        v,
+    number, ledger_delta = number_and_delta(ledger)
+    terms = Terms(
+        softmax_scale=softmax_scale,
         causal=causal,
-        window=window_size,
-        clip=clip,
-        clip_norm=1.0 if private and clip_norm is None else clip_norm,
-        logit_bound=bound_of_logits(softcap, logit_bound),
-    )
-    if _lengths:  # of padded batches: see varlen, kv_cache and sdpa_layout
-        problem = dataclasses.replace(problem, lengths=_lengths)
-    scale = scale_of_logits(softmax_scale, problem.head_dim)
-    ledger = _fitting(ledger, spec)
-
-    name, accountant = resolve(mechanism, noise_structure)
-    entry = MECHANISMS.entry(name)
-    if private:
-        lifetime = ledger.delta or 0.0
-        priced = priced_release(entry, accountant, spec, problem, lifetime, head_budget, allow_infinite_heads)
-    else:
-        priced = noiseless_release(entry, problem)
-    chosen = selection.select("release", problem, priced.plan, backend).name
-    key = release_key(seed, q.device)
-
-    purpose = "release"
-    if queries == "public":
-        purpose += "; queries declared public"
-    if not key.secure:
-        purpose += "; noise from a seed, not secure"
-    if priced.plan.noiseless_heads:
-        purpose += "; some heads without noise"
-    event_id = ledger.record(priced.event, purpose=purpose, mechanism=priced.mechanism, backend=chosen)
-    out = release(q, k, v, problem, priced.plan, key, selection.backend(chosen), scale)
-    if not return_privacy_stats:
-        return out
-    return out, PrivacyStats(
-        epsilon_spent=priced.epsilon,
-        delta=spec.delta,
+        window_size=tuple(window_size) if isinstance(window_size, list) else window_size,
+        softcap=softcap,
+        epsilon=epsilon,
+        delta=delta,
         unit=unit,
         relation=relation,
+        queries=queries,
+        clip_norm=clip_norm,
+        clip=clip,
+        logit_bound=logit_bound,
+        mechanism=mechanism,
+        noise_structure=noise_structure,
+        head_epsilons=tuple(head_epsilons) if isinstance(head_epsilons, list) else head_epsilons,
+        allow_infinite_heads=allow_infinite_heads,
+        backend=backend,
+        seed=seed,
+        ledger=number,
+        ledger_delta=ledger_delta,
+        lengths=tuple(length for pair in lengths for length in pair),
+    )
+    if torch.compiler.is_compiling():
+        if return_privacy_stats:
+            return _with_stats(q, k, v, terms)
+        return release(q, k, v, _traced_draw(q, k, v, terms), *terms)
+    what = agreed(q, k, v, terms)
+    ledger_numbered(number, what.spec)
+    ticket = draw(q, k, v, terms)
+    out = release(q, k, v, ticket, *terms)
+    return (out, _stats(what, ticket, terms)) if return_privacy_stats else out
+
+
+def draw(q: Tensor, k: Tensor, v: Tensor, terms: Terms) -> Tensor:
+    """Charge one release, and the ticket of its noise."""
+    return _drawn(DRAWN, q, k, v, terms)
+
+
+def _drawn(drawn: Tensor, q: Tensor, k: Tensor, v: Tensor, terms: Terms) -> Tensor:
+    return draw_release(drawn, q.detach(), k.detach(), v.detach(), 1, torch.is_grad_enabled(), *terms)
+
+
+class _Exported:
+    draws = 0
+
+
+def _traced_draw(q: Tensor, k: Tensor, v: Tensor, terms: Terms) -> Tensor:
+    if torch.compiler.is_exporting():
+        # An exported program keeps no state of ours; two draws differ in their number, so they are never one.
+        _Exported.draws += 1
+        return _drawn(torch.full((1,), _Exported.draws), q, k, v, terms)
+    if tracing_checkpoint():
+        # in a graph, the backward pass would draw again; the interpreter asks which draw it was
+        torch._dynamo.graph_break("a release inside a checkpointed region is recomputed by the interpreter")
+    return draw(q, k, v, terms)
+
+
+@torch.compiler.disable(reason="PrivacyStats names the line of the ledger, which each run writes anew")
+def _with_stats(q: Tensor, k: Tensor, v: Tensor, terms: Terms) -> tuple[Tensor, PrivacyStats]:
+    what = agreed(q, k, v, terms)
+    ticket = draw(q, k, v, terms)
+    return release(q, k, v, ticket, *terms), _stats(what, ticket, terms)
+
+
+def _stats(what: Agreed, ticket: Tensor, terms: Terms) -> PrivacyStats:
+    priced = what.priced
+    return PrivacyStats(
+        epsilon_spent=priced.epsilon,
+        delta=what.spec.delta,
+        unit=what.spec.unit,
+        relation=what.spec.relation,
         privacy_mechanism=priced.mechanism,
         noise_multiplier=priced.noise_multiplier,
         noise_std=priced.noise_std,
-        backend=chosen,
-        event_id=event_id,
-        secure_noise=key.secure,
+        backend=what.backend,
+        event_id=line_of(ticket),
+        secure_noise=terms.seed is None,
         head_epsilons=priced.head_epsilons,
-        head_noise_scales=priced.plan.head_scale if head_budget else (),
+        head_noise_scales=priced.plan.head_scale if terms.head_epsilons is not None else (),
     )
-
-
-def _fitting(ledger: Ledger | None, spec: PrivacySpec) -> Ledger:
-    """The ledger to charge; it must be kept for the records that `spec` protects."""
-    if ledger is None:
-        return process_ledger(spec.unit, spec.relation)
-    require(
-        isinstance(ledger, Ledger),
-        "ledger must be None or a dpfa_core.ledger.Ledger",
-        ledger,
-        "A file is opened by Ledger.open(path, unit=..., relation=..., delta=...).",
-    )
-    for term in ("unit", "relation"):
-        kept, asked = getattr(ledger, term), getattr(spec, term)
-        if kept not in (None, asked):
-            raise LedgerError(
-                f"this call needs a ledger kept for {term}={asked!r}, got one for {kept!r}; "
-                "open another ledger, or ask for the promise that this one keeps."
-            )
-    return ledger
-
-
-def _refuse_second_runs() -> None:
-    """One call is one release: neither run again, nor run once for several outputs."""
-    # Only inside a running backward pass is there a graph task: that is where checkpointing recomputes.
-    if torch._C._current_graph_task_id() != -1:
-        raise NotPrivateError(
-            "dp_flash_attn_func must run once for each output, got a call inside a backward pass, as "
-            "torch.utils.checkpoint makes it: that would be a second release with other noise; keep the call "
-            "outside what is checkpointed."
-        )
-    if torch._C._are_functorch_transforms_active():
-        raise NotPrivateError(
-            "dp_flash_attn_func must run once for each output, got a call inside a torch.func transform: vmap "
-            "would give all its outputs the same noise; call it on the whole batch, outside the transform."
-        )

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpfa_attention.functional import dp_flash_attn_func
+from dpfa_attention.functional import released
 from dpfa_attention.stats import PrivacyStats
 from dpfa_core.checks import require
 from dpfa_core.errors import NotPrivateError
@@ -100,18 +100,19 @@ def dp_flash_attn_with_kvcache(
         places = torch.tensor(before, device=k_cache.device)[:, None] + torch.arange(k.shape[1], device=k_cache.device)
         k_cache[rows, places], v_cache[rows, places] = k.to(k_cache.dtype), v.to(v_cache.dtype)
     used = max(1, *after)
-    return dp_flash_attn_func(
+    result: Tensor | tuple[Tensor, PrivacyStats] = released(
         q,
         k_cache[:, :used],
         v_cache[:, :used],
+        lengths=tuple((q.shape[1], length) for length in after),
         softmax_scale=softmax_scale,
         causal=causal,
         window_size=window_size,
         softcap=softcap,
         alibi_slopes=alibi_slopes,
         **promise,
-        _lengths=tuple((q.shape[1], length) for length in after),
     )
+    return result
 
 
 def _four(expected: str, name: str, x: Any) -> None:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dpfa_attention.functional import dp_flash_attn_func
+from dpfa_attention.functional import released
 from dpfa_attention.module_masks import as_lengths, hidden, outside
 from dpfa_attention.options import resolve
 from dpfa_attention.privacy_spent import Calls, PrivacySpent
@@ -255,7 +255,7 @@ class DPFlashAttention(nn.Module):
             more |= {"head_epsilons": self.head_epsilons, "allow_infinite_heads": self.allow_infinite_heads}
         if self.noise_structure is not None:
             more["noise_structure"] = self.noise_structure
-        released = dp_flash_attn_func(
+        out, stats = released(
             q if open_tape else q.detach(),
             k if open_tape else k.detach(),
             v if open_tape else v.detach(),
@@ -274,11 +274,9 @@ class DPFlashAttention(nn.Module):
             seed=self.seed,
             ledger=self._calls.given,
             return_privacy_stats=True,
-            _lengths=lengths,
+            lengths=lengths,
             **more,
         )
-        assert isinstance(released, tuple)  # noqa: S101  (asked for above)
-        out, stats = released
         self._calls.add(stats.event_id)
         if self.upstream_gradients is None:
             out = closed(out, q, k, v)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
+
 import torch
 
-from dpfa_core.checks import integer
+from dpfa_core.checks import require
 from dpfa_core.contracts import NoiseKey
 from dpfa_kernels_torch.noise.keys import KeySource
 
@@ -21,9 +24,21 @@ def release_key(seed: int | None, device: torch.device) -> NoiseKey:
     n-th call with that seed the same in every process, and not secure.
     Raises: PrivacyParameterError for another seed, or a seed used before a fork, whose noise would repeat.
     """
-    if seed is not None:
-        integer("seed", seed, least=0, remedy="None draws a secret from the operating system.")
+    return _source(seed).next_release("release", device)
+
+
+def key_of(seed: int | None, process: int, number: int, device: torch.device) -> NoiseKey:
+    """The key that ``release_key`` gave out with `number`, again, on `device`.
+
+    Raises: PrivacyParameterError in another process than the one that gave it out: its secret is another one.
+    """
+    require(process == os.getpid(), "a release must be computed in the process that drew its noise", process)
+    release = torch.tensor([number], dtype=torch.uint64).to(device)
+    return dataclasses.replace(_source(seed).key("release", device), release=release)
+
+
+def _source(seed: int | None) -> KeySource:
     if seed not in _sources:
         # setdefault: of two threads that get here at once, both use the same one
         _sources.setdefault(seed, KeySource(seed))
-    return _sources[seed].next_release("release", device)
+    return _sources[seed]

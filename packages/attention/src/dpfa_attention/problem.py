@@ -31,11 +31,12 @@ def attention_problem(
     clip_norm: float | None,
     logit_bound: float | None,
     mask: Tensor | None = None,
+    lengths: tuple[tuple[int, int], ...] = (),
 ) -> AttentionProblem:
     """The shapes, dtype and device of q [B, S, H, D] and k, v [B, Sk, Hk, D], checked against each other.
 
     Args: `mask`, bool [S, Sk], True = visible, the same for every batch row and head and for neighbours; what
-    causal or window hide stays hidden.
+    causal or window hide stays hidden; `lengths`, (queries, keys) of each batch row of a padded batch.
     Raises: PrivacyParameterError naming the tensor and what it should have been.
     """
     for name, x in (("q", q), ("k", k), ("v", v)):
@@ -72,6 +73,7 @@ def attention_problem(
         causal=causal,
         window=tuple(window) if isinstance(window, list) else window,
         mask=None if mask is None else packed_mask(mask, S, Sk),
+        lengths=lengths,
         clip=clip,
         clip_norm=clip_norm,
         logit_bound=logit_bound,

@@ -14,8 +14,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpfa_attention import functional
+from dpfa_attention.terms import Terms, agreed
 from dpfa_core.ledger import Ledger
-from dpfa_core.spec import NoisePlan
 
 MASKS = ("attention_mask", "attn_mask", "key_padding_mask")
 """Inputs that are public unless said otherwise: masks are equal for neighbours (PRIVACY P1)."""
@@ -168,13 +168,14 @@ def _written(func: Any, name: str, args: tuple[Any, ...], kwargs: Mapping[str, A
 def _releases_end_paths(trace: _Trace) -> Iterator[None]:
     """In here a release is zeros that depend on nothing, and goes to a ledger that is thrown away."""
     names, here = vars(functional), threading.get_ident()
-    release, fitting = names["release"], names["_fitting"]
+    release, draw = names["release"], names["draw"]
+    scratch: list[Ledger] = []
 
-    def ends(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
-        plan = next(value for value in rest if isinstance(value, NoisePlan))
+    def ends(q: Tensor, k: Tensor, v: Tensor, ticket: Tensor, *values: Any) -> Tensor:
+        plan = agreed(q, k, v, Terms(*values)).priced.plan
         elsewhere = threading.get_ident() != here  # another thread's call is a release, as ever
         if elsewhere or plan.distribution == "none" or plan.noiseless_heads:
-            released: Tensor = release(q, k, v, *rest)
+            released: Tensor = release(q, k, v, ticket, *values)
             return released
         where = trace.module()
         trace.releases.append(where)
@@ -182,17 +183,18 @@ def _releases_end_paths(trace: _Trace) -> Iterator[None]:
             trace.read.append(LeakingPath("gradient", f"into what is before {where}", "a backward pass", ()))
         return torch.zeros(q.shape, dtype=q.dtype, device=q.device)
 
-    def scratch(ledger: Ledger | None, spec: Any, *rest: Any) -> Ledger:
-        terms: Ledger = fitting(ledger, spec, *rest)
-        if threading.get_ident() != here:
-            return terms
-        return Ledger.memory(unit=terms.unit, relation=terms.relation, delta=terms.delta)
+    def uncharged(q: Tensor, k: Tensor, v: Tensor, terms: Terms) -> Tensor:
+        if threading.get_ident() == here:
+            scratch.append(Ledger.memory(unit=terms.unit, relation=terms.relation, delta=terms.ledger_delta or None))
+            terms = terms._replace(ledger=scratch[-1].number)
+        ticket: Tensor = draw(q, k, v, terms)
+        return ticket
 
-    names |= {"release": ends, "_fitting": scratch}
+    names |= {"release": ends, "draw": uncharged}
     try:
         yield
     finally:
-        names |= {"release": release, "_fitting": fitting}
+        names |= {"release": release, "draw": draw}
 
 
 def _outside(module: nn.Module, result: Any, trace: _Trace, kept: Mapping[str, Tensor]) -> Iterator[LeakingPath]:

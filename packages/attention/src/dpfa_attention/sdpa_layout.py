@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dpfa_attention.functional import dp_flash_attn_func
+from dpfa_attention.functional import released
 from dpfa_attention.stats import PrivacyStats
 from dpfa_attention.visible_lengths import causal_and_lengths, visible
 from dpfa_core.checks import require
@@ -67,19 +67,19 @@ def dp_scaled_dot_product_attention(
     lengths: tuple[tuple[int, int], ...] = ()
     if attn_mask is not None:
         is_causal, lengths = causal_and_lengths("attn_mask", _for_all_heads(attn_mask, B, H, S, Sk))
-    released = dp_flash_attn_func(
+    result = released(
         query.transpose(1, 2),
         key.transpose(1, 2),
         value.transpose(1, 2),
-        dropout_p,
-        scale,
-        is_causal,
+        lengths=lengths,
+        dropout_p=dropout_p,
+        softmax_scale=scale,
+        causal=is_causal,
         **promise,
-        _lengths=lengths,
     )
-    if isinstance(released, Tensor):
-        return released.transpose(1, 2)
-    out, stats = released
+    if isinstance(result, Tensor):
+        return result.transpose(1, 2)
+    out, stats = result
     return out.transpose(1, 2), stats
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpfa_attention.functional import dp_flash_attn_func
+from dpfa_attention.functional import released
 from dpfa_attention.stats import PrivacyStats
 from dpfa_core.checks import integer, require
 
@@ -64,24 +64,23 @@ def dp_flash_attn_varlen_func(
     require(v.shape == k.shape, f"v must have the shape of k, {list(k.shape)}", list(v.shape))
     row = _places(q_lengths, q.device)
     key = _places(k_lengths, k.device)
-    released = dp_flash_attn_func(
+    result = released(
         _padded(q, q_lengths, row),
         _padded(k, k_lengths, key),
         _padded(v, k_lengths, key),
-        dropout_p,
-        softmax_scale,
-        causal,
-        window_size,
-        softcap,
-        alibi_slopes,
-        deterministic,
-        return_attn_probs,
+        lengths=tuple(zip(q_lengths, k_lengths, strict=True)),
+        dropout_p=dropout_p,
+        softmax_scale=softmax_scale,
+        causal=causal,
+        window_size=window_size,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        return_attn_probs=return_attn_probs,
         **promise,
-        _lengths=tuple(zip(q_lengths, k_lengths, strict=True)),
     )
-    if isinstance(released, Tensor):
-        return released[row]
-    out, stats = released
+    if isinstance(result, Tensor):
+        return result[row]
+    out, stats = result
     return out[row], stats
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import sqlite3
 import threading
 import time
@@ -35,6 +36,7 @@ PATIENCE = 30.0
 # One lock for all ledgers of the process: a fork has to find none of them in the middle of something.
 _LOCK = threading.RLock()
 _FILES: weakref.WeakSet[Ledger] = weakref.WeakSet()
+_NUMBERED: weakref.WeakValueDictionary[int, Ledger] = weakref.WeakValueDictionary()
 _SCHEMA = """
 CREATE TABLE terms (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE releases (
@@ -120,8 +122,26 @@ class Ledger:
         self._database: sqlite3.Connection | None = None
         self._closed = False
         self._cleared: tuple[int, Event, int] | None = None  # (sequence, event, how many more fit)
+        self.number = secrets.randbits(62) + 1
+        """Stands for this object where only numbers can be kept, as in a traced graph; another one in each process."""
         with _LOCK:
             self._connect(create=True)
+            _NUMBERED[self.number] = self
+
+    @classmethod
+    def numbered(cls, number: int) -> Ledger:
+        """The ledger of this process whose `number` it is.
+
+        Raises: LedgerError if it is gone, or was another process's.
+        """
+        with _LOCK:
+            found = _NUMBERED.get(number)
+        if found is None:
+            raise LedgerError(
+                f"a graph must run where the ledger is that it was traced with, got number {number}, which no ledger "
+                "here has; keep the ledger as long as the graph, and trace it again in each process."
+            )
+        return found
 
     @classmethod
     def memory(

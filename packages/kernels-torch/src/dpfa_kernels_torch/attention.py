@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dpfa_core.spec import AttentionProblem, Norm
-from dpfa_kernels_torch.clipping import clip_rows, zero_unless_finite
+from dpfa_kernels_torch.clipping import clip_rows, clip_rows_backward, zero_unless_finite
 from dpfa_kernels_torch.visibility import key_ranges, visible_keys
 
 LOGITS = 1 << 19
@@ -37,22 +37,22 @@ def cleaned_inputs(
     return q, k, v
 
 
-def softmax_weights(logits: Tensor, visible: Tensor, logit_bound: float | None) -> Tensor:
-    """exp(logits - shift) of the visible keys, 0 of the others, not yet divided by their sum.
+def softmax_weights(logits: Tensor, visible: Tensor, logit_bound: float | None) -> tuple[Tensor, Tensor | None]:
+    """exp(logits - shift) of the visible keys, 0 of the others, not yet divided by their sum; and their slopes.
 
     With a logit bound the shift is the bound, a public constant, and not the row's maximum: then the rounding
     of one key's weight does not depend on the other keys (PRIVACY P2).
+
+    Returns: (weights, what one unit of a logit adds to the bounded logit; None where logits are not bounded).
     """
     logits = torch.where(torch.isfinite(logits), logits, 0.0)
     if logit_bound is None:
-        highest = logits.detach().masked_fill(~visible, -torch.inf).amax(-1, keepdim=True)
-        logits = logits - torch.where(torch.isfinite(highest), highest, 0.0)
-    else:
-        if logit_bound > FLOAT32_LOGIT_BOUND:
-            logits = logits.double()
-        logits = logit_bound * torch.tanh(logits / logit_bound) - logit_bound
-    # Hidden keys leave before the exponential, so that none can overflow and spoil the gradient.
-    return torch.exp(torch.where(visible, logits, 0.0)) * visible
+        highest = logits.masked_fill(~visible, -torch.inf).amax(-1, keepdim=True)
+        return torch.exp((logits - torch.where(torch.isfinite(highest), highest, 0.0)).where(visible, -torch.inf)), None
+    if logit_bound > FLOAT32_LOGIT_BOUND:
+        logits = logits.double()
+    bent = torch.tanh(logits / logit_bound)
+    return torch.exp(logit_bound * bent - logit_bound) * visible, 1.0 - bent * bent
 
 
 def attention_rows(
@@ -65,13 +65,36 @@ def attention_rows(
         visible: bool [B or 1, N, M].
     Returns: [B, N, H, D]; zeros for a row that sees no key.
     """
-    B, N, H, D = q.shape
-    grouped = q.reshape(B, N, k.shape[2], -1, D)
+    _, shares, _ = _shares(q, k, visible, logit_bound, softmax_scale)
+    return torch.einsum("bkgnm,bmkd->bnkgd", shares, v).reshape(q.shape)
+
+
+def attention_rows_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, visible: Tensor, logit_bound: float | None, softmax_scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of ``attention_rows`` for q, k and v."""
+    logits, shares, slopes = _shares(q, k, visible, logit_bound, softmax_scale)
+    grouped, dout = (x.reshape(*q.shape[:2], k.shape[2], -1, q.shape[-1]) for x in (q, dout))
+    dv = torch.einsum("bkgnm,bnkgd->bmkd", shares, dout)
+    dlogits = torch.einsum("bnkgd,bmkd->bkgnm", dout, v)
+    dlogits = shares * (dlogits - (dlogits * shares).sum(-1, keepdim=True))
+    if slopes is not None:
+        dlogits = (dlogits * slopes).to(q.dtype)
+    # a logit that is not finite was taken for 0, a constant
+    dlogits = torch.where(torch.isfinite(logits), dlogits, 0.0) * softmax_scale
+    dq = torch.einsum("bkgnm,bmkd->bnkgd", dlogits, k).reshape(q.shape)
+    return dq, torch.einsum("bkgnm,bnkgd->bmkd", dlogits, grouped), dv
+
+
+def _shares(
+    q: Tensor, k: Tensor, visible: Tensor, logit_bound: float | None, softmax_scale: float
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Logits, softmax in q's dtype and slopes: [B, Hk, H / Hk, N, M]."""
+    grouped = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[-1])
     logits = torch.einsum("bnkgd,bmkd->bkgnm", grouped, k) * softmax_scale
-    weights = softmax_weights(logits, visible[:, None, None], logit_bound)
+    weights, slopes = softmax_weights(logits, visible[:, None, None], logit_bound)
     total = weights.sum(-1, keepdim=True)
-    weights = (weights / torch.where(total > 0, total, 1.0)).to(v.dtype)
-    return torch.einsum("bkgnm,bmkd->bnkgd", weights, v).reshape(B, N, H, D)
+    return logits, (weights / torch.where(total > 0, total, 1.0)).to(q.dtype), slopes
 
 
 def blocks(problem: AttentionProblem) -> Iterator[tuple[slice, slice, slice, Tensor]]:
@@ -117,12 +140,32 @@ def attention_backward(
     """Gradients of noiseless attention with its output clip, for cleaned inputs; recomputes each block."""
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     for some, rows, keys, visible in blocks(problem):
-        leaves = [x.detach().requires_grad_() for x in (q[some, rows], k[some, keys], v[some, keys])]
-        with torch.enable_grad():
-            out = attention_rows(*leaves, visible.to(q.device), problem.logit_bound, softmax_scale)
-            if problem.clip == "output" and problem.clip_norm is not None:
-                out = clip_rows(out, problem.clip_norm, norm, whiten)
-        dq[some, rows], dk_part, dv_part = torch.autograd.grad(out, leaves, dout[some, rows])
+        block = (q[some, rows], k[some, keys], v[some, keys], visible.to(q.device), problem.logit_bound, softmax_scale)
+        above = dout[some, rows]
+        if problem.clip == "output" and problem.clip_norm is not None:
+            above = clip_rows_backward(above, attention_rows(*block), problem.clip_norm, norm, whiten)
+        dq[some, rows], dk_part, dv_part = attention_rows_backward(above, *block)
         dk[some, keys] += dk_part
         dv[some, keys] += dv_part
+    return dq, dk, dv
+
+
+def cleaned_inputs_backward(
+    grads: tuple[Tensor, Tensor, Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    problem: AttentionProblem,
+    norm: Norm,
+    dtype: torch.dtype,
+    whiten: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """From gradients of what ``cleaned_inputs`` returns to gradients of what it was given, in its dtypes."""
+    dq, dk, dv = grads
+    if problem.clip == "value" and problem.clip_norm is not None:
+        dv = clip_rows_backward(dv, v.to(dtype), problem.clip_norm, norm, whiten)
+    dq, dk, dv = (
+        torch.where(torch.isfinite(x).all(-1, keepdim=True), grad, 0.0).to(x.dtype)
+        for grad, x in ((dq, q), (dk, k), (dv, v))
+    )
     return dq, dk, dv

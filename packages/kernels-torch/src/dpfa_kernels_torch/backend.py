@@ -12,7 +12,13 @@ from dpfa_core.checks import one_of, require
 from dpfa_core.contracts import CounterLayout, NoiseKey, PlanTensors
 from dpfa_core.errors import PrivacyParameterError
 from dpfa_core.spec import AttentionProblem, NoisePlan, Norm, Reasons
-from dpfa_kernels_torch.attention import MAX_LOGIT_BOUND, attention, attention_backward, cleaned_inputs
+from dpfa_kernels_torch.attention import (
+    MAX_LOGIT_BOUND,
+    attention,
+    attention_backward,
+    cleaned_inputs,
+    cleaned_inputs_backward,
+)
 from dpfa_kernels_torch.epilogue import epilogue
 from dpfa_kernels_torch.noise.discrete_noise import LARGEST
 from dpfa_kernels_torch.noise.draw import TRANSFORMS
@@ -107,7 +113,22 @@ class TorchBackend:
             rows = attention(*cleaned, problem, softmax_scale).to(_noise_dtype(q))
             clip = problem.clip == "output" and problem.clip_norm is not None
             out = epilogue(rows, problem, plan, tensors, key, clip=clip).to(q.dtype)
-        return out, Saved(q.detach(), k.detach(), v.detach(), problem, plan.norm, tensors, softmax_scale)
+        return out, self.saved(q, k, v, problem, plan, tensors, softmax_scale=softmax_scale)
+
+    def saved(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        problem: AttentionProblem,
+        plan: NoisePlan,
+        tensors: PlanTensors | None,
+        *,
+        softmax_scale: float,
+    ) -> Saved:
+        """What ``release`` saves for its backward, which is no result of it: inputs and public tensors."""
+        tensors = fitting(tensors, problem, plan, q.device)
+        return Saved(q.detach(), k.detach(), v.detach(), problem, plan.norm, tensors, softmax_scale)
 
     def release_backward(self, dout: Tensor, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients for q, k and v. The noise is additive and has none; clipped rows are projected.
@@ -117,17 +138,14 @@ class TorchBackend:
         Returns: (dq, dk, dv) in the inputs' dtype.
         """
         q, k, v, problem, norm, tensors, softmax_scale = saved
-        inputs = [x.detach().requires_grad_() for x in (q, k, v)]
         with plain_arithmetic(q.device):
             dtype = working_dtype(q)
-            with torch.enable_grad():
-                cleaned = cleaned_inputs(*inputs, problem, norm, dtype, tensors.whiten)
-            detached = [x.detach() for x in cleaned]
             dout = dout.to(dtype)
             if tensors.project is not None:
                 dout = product(product(dout, tensors.mix), tensors.project.T)
-            grads = attention_backward(dout, *detached, problem, norm, softmax_scale, tensors.whiten)
-            return torch.autograd.grad(cleaned, inputs, grads)
+            cleaned = cleaned_inputs(q, k, v, problem, norm, dtype, tensors.whiten)
+            grads = attention_backward(dout, *cleaned, problem, norm, softmax_scale, tensors.whiten)
+            return cleaned_inputs_backward(grads, q, k, v, problem, norm, dtype, tensors.whiten)
 
     def privatize_(
         self,
