@@ -8,6 +8,7 @@ from typing import Any
 
 from dpfa_core.checks import is_real, non_negative, one_of, require
 from dpfa_core.errors import NotPrivateError
+from dpfa_core.plugin_names import named, parts
 
 ALIASES = {
     "pld": ("gaussian", "pld"),
@@ -26,27 +27,29 @@ STRUCTURES = ("low_rank", "sparse", "block_diagonal", "attention_aware")
 def resolve(mechanism: str, noise_structure: str | None = None) -> tuple[str, str | None]:
     """The mechanism's own name and the accountant that its alias asks for.
 
-    ``noise_structure=X`` is ``mechanism=X``, and "structured_noise" is the structure given, or low_rank.
+    ``noise_structure=X`` is ``mechanism=X``, and "structured_noise" is the structure given, or low_rank. Each may
+    carry parameters: "low_rank(rank=8)".
 
     Raises: PrivacyParameterError for an unknown structure, or one of noise that is not Gaussian.
     """
     require(isinstance(mechanism, str), "mechanism must be the name of an installed mechanism", mechanism)
     # an accent may come as one character or as two
-    asked = unicodedata.normalize("NFC", mechanism)
+    asked, given = parts(unicodedata.normalize("NFC", mechanism))
+    structure, shape = (None, ()) if noise_structure is None else parts(noise_structure)
     if asked == "structured_noise":
-        name, accountant = noise_structure or "low_rank", None
+        name, accountant = structure or "low_rank", None
     else:
         name, accountant = ALIASES.get(asked, (asked, None))
-    if noise_structure is None:
-        return name, accountant
-    one_of("noise_structure", noise_structure, STRUCTURES, "None is noise without structure.")
+    if structure is None:
+        return named(name, **dict(given)), accountant
+    one_of("noise_structure", structure, STRUCTURES, "None is noise without structure.")
     require(
-        name in ("gaussian", noise_structure),
-        f"noise_structure={noise_structure!r} shapes Gaussian noise, so mechanism must be 'gaussian'",
+        name in ("gaussian", structure),
+        f"noise_structure={structure!r} shapes Gaussian noise, so mechanism must be 'gaussian'",
         mechanism,
         "Leave out one of them.",
     )
-    return noise_structure, accountant
+    return named(structure, **dict(given) | dict(shape)), accountant
 
 
 def bound_of_logits(softcap: float, logit_bound: float | None) -> float | None:

@@ -11,16 +11,22 @@ from dpfa_accounting.calibration import calibrate_noise_multiplier
 from dpfa_attention.head_budgets import HeadBudgets, head_budgets
 from dpfa_attention.plan_checks import AGREEMENT, check_plan, check_structure
 from dpfa_attention.sampler_end import cost_of_end, samplers
+from dpfa_core.checks import positive, require
 from dpfa_core.contracts import Mechanism
 from dpfa_core.errors import DPFAError, PluginError, PrivacyParameterError, UnsupportedEvent
 from dpfa_core.events import Composed, EpsilonDelta, Event, NonPrivate
+from dpfa_core.plugin_names import parts
 from dpfa_core.registry import MECHANISMS, Entry
 from dpfa_core.spec import AttentionProblem, NoisePlan, Norm, PrivacySpec, Sensitivity
-from dpfa_core.spending import first_party_accountants, upper_bound
+from dpfa_core.spending import first_party_accountants, spending, upper_bound
 from dpfa_mechanisms.sensitivity import sensitivity
 
 LITTLE = 1.0 / 16.0
 """A sampler that costs more than this share of delta gives way to one that reaches further."""
+
+
+MULTIPLIER = "noise_multiplier"
+"""The parameter of a mechanism's name that takes the place of its calibration."""
 
 
 @dataclass(frozen=True)
@@ -74,30 +80,33 @@ def priced_release(
     before the mechanism calibrates, and is part of the event, so that many calls add it up.
 
     Guarantee: tested (price by an accountant that did not choose the noise; cost of the end: see ``sampler_end``).
-    Args: `entry` of the mechanism; `accountant` to calibrate by, None for the mechanism's closed form;
+    Args: `entry` of the mechanism, whose name may fix the noise, "gaussian(noise_multiplier=4.0)": then epsilon is
+    what that costs, and `spec` the most that it may cost; `accountant` to calibrate by, None for the mechanism's closed form;
     `lifetime_delta` at which the ledger adds up; `head_epsilons`, see ``head_budgets``.
     Raises: PrivacyParameterError with the mechanism's reasons, or if delta cannot pay the sampler's end;
     PluginError if accounting prices the release above the promise; UnsupportedEvent if it cannot price it.
     """
-    mechanism, heads = _additive(entry), None
+    mechanism, heads, fixed = _additive(entry), None, _fixed(entry)
     if head_epsilons is not None:
         heads = head_budgets(
             mechanism,
             head_epsilons,
-            spec.epsilon,
+            # where the noise is given, only the ratios matter, and any total gives them
+            spec.epsilon if fixed is None else 1.0,
             spec.delta,
             heads=problem.q_heads,
             allow_infinite=allow_infinite_heads,
         )
-        # what the list costs in all, or what the heads that have noise may cost
-        spec = dataclasses.replace(spec, epsilon=heads.epsilon)
+        if fixed is None:
+            # what the list costs in all, or what the heads that have noise may cost
+            spec = dataclasses.replace(spec, epsilon=heads.epsilon)
     reasons = tuple(mechanism.supports(spec, problem))
     if reasons:
         raise PrivacyParameterError(f"mechanism {entry.name!r} cannot keep this promise: {' '.join(reasons)}")
     bound = sensitivity(spec, problem, mechanism.norm)
 
     # With the whole delta the noise is the least, and the sampler's end costs the most.
-    least = mechanism.calibrate(spec.epsilon, spec.delta)
+    least = mechanism.calibrate(spec.epsilon, spec.delta) if fixed is None else fixed
     first = _planned(entry, mechanism, bound, least, problem, heads)
     check_structure(entry, first, problem)
     for plan in samplers(first, problem):
@@ -114,14 +123,19 @@ def priced_release(
     def event_of(multiplier: float) -> Event:
         return mechanism.event(multiplier) if heads is None else heads.event(mechanism, multiplier)
 
-    noise_multiplier = max(least, mechanism.calibrate(spec.epsilon, left))
-    if accountant is not None:
-        by_name = calibrate_noise_multiplier(event_of, spec.epsilon, left, accountant)
-        noise_multiplier = max(noise_multiplier, by_name)
-    if heads is not None:
-        noise_multiplier = max(noise_multiplier, heads.least(mechanism, left))
+    noise_multiplier = least
+    if fixed is None:
+        noise_multiplier = max(least, mechanism.calibrate(spec.epsilon, left))
+        if accountant is not None:
+            by_name = calibrate_noise_multiplier(event_of, spec.epsilon, left, accountant)
+            noise_multiplier = max(noise_multiplier, by_name)
+        if heads is not None:
+            noise_multiplier = max(noise_multiplier, heads.least(mechanism, left))
     event = event_of(noise_multiplier)
-    epsilon = _price(entry, accountant, event, spec, left)
+    if fixed is None:
+        epsilon = price(entry, accountant, event, spec, left)
+    else:
+        epsilon = _price_of_fixed(fixed, accountant, event, spec, left)
 
     plan = dataclasses.replace(
         _planned(entry, mechanism, bound, noise_multiplier, problem, heads), transform=plan.transform
@@ -168,8 +182,34 @@ def _planned(
     return dataclasses.replace(plan, head_scale=scales, noiseless_heads=True)
 
 
+def _fixed(entry: Entry) -> float | None:
+    """The noise multiplier that the mechanism's name gives, if it gives one."""
+    given = dict(parts(entry.name)[1]).get(MULTIPLIER)
+    if given is None:
+        return None
+    positive(MULTIPLIER, given, remedy="A release without noise has epsilon=inf.")
+    return float(given)
+
+
+def _price_of_fixed(
+    noise_multiplier: float, accountant: str | None, event: Event, spec: PrivacySpec, delta: float
+) -> float:
+    if accountant is None:
+        cost = spending(((event, 1),), delta).epsilon
+    else:
+        cost = upper_bound(accountant, ((event, 1),), delta)
+    require(
+        cost <= spec.epsilon,
+        f"{MULTIPLIER}={noise_multiplier:.6g} must cost at most epsilon={spec.epsilon:.6g} at delta={spec.delta:.6g}",
+        f"a cost of {cost:.6g}",
+        "Raise it or epsilon.",
+    )
+    return cost
+
+
 def _additive(entry: Entry) -> Mechanism:
-    mechanism: Mechanism = MECHANISMS.create(entry.name)
+    bare, given = parts(entry.name)
+    mechanism: Mechanism = MECHANISMS.create(bare, **{name: value for name, value in given if name != MULTIPLIER})
     kind = getattr(mechanism, "kind", "one that finishes tensors (add_noise)")
     if kind != "additive":
         raise PluginError(
@@ -179,20 +219,20 @@ def _additive(entry: Entry) -> Mechanism:
     return mechanism
 
 
-def _price(entry: Entry, accountant: str | None, event: Event, spec: PrivacySpec, delta: float) -> float:
+def price(entry: Entry, accountant: str | None, event: Event, spec: PrivacySpec, delta: float) -> float:
     """Epsilon of `event` at `delta` by the first accountant that confirms the promise."""
     promised = spec.epsilon * (1.0 + AGREEMENT) + AGREEMENT
     above: list[str] = []
     reasons: list[str] = []
     for name in (accountant,) if accountant else first_party_accountants():
         try:
-            price = upper_bound(name, ((event, 1),), delta)
+            found = upper_bound(name, ((event, 1),), delta)
         except DPFAError as error:
             reasons.append(f"{name}: {error}")
             continue
-        if price <= promised:
-            return min(price, spec.epsilon)
-        above.append(f"{name} {price:.9g}")
+        if found <= promised:
+            return min(found, spec.epsilon)
+        above.append(f"{name} {found:.9g}")
     if above:
         raise PluginError(
             f"mechanism {entry.name!r} of {entry.origin} must cost at most epsilon={spec.epsilon} at "

@@ -26,6 +26,7 @@ import dpfa_core
 from dpfa_core.checks import fraction, integer, one_of, positive
 from dpfa_core.errors import BudgetExhausted, DPFAError, LedgerError
 from dpfa_core.events import Event
+from dpfa_core.plugin_names import parts
 from dpfa_core.registry import BACKENDS, MECHANISMS, Registry
 from dpfa_core.spec import RELATIONS, UNITS, Relation, Unit
 from dpfa_core.spending import spending, upper_bound, within
@@ -543,4 +544,4 @@ def _versions(mechanism: str, backend: str) -> dict[str, str]:
 
 
 def _version(registry: Registry, name: str) -> dict[str, str]:
-    return {entry.distribution: entry.version for entry in registry.entries() if entry.name == name}
+    return {entry.distribution: entry.version for entry in registry.entries() if entry.name == parts(name)[0]}

@@ -11,12 +11,13 @@ import re
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from typing import Any
 
 from dpfa_core.contracts import OPERATIONS
-from dpfa_core.errors import PluginError
+from dpfa_core.errors import PluginError, PrivacyParameterError
+from dpfa_core.plugin_names import parts
 from dpfa_core.spec import CONTRACT_VERSION
 
 FIRST_PARTY = frozenset(
@@ -73,8 +74,12 @@ class Registry:
         self._entries = None
 
     def entry(self, name: str) -> Entry:
-        """The one usable entry called `name`; ``PluginError`` with the remedy otherwise."""
-        found = [entry for entry in self.entries() if entry.name == name]
+        """The one usable entry called `name`; ``PluginError`` with the remedy otherwise.
+
+        A name may carry parameters, ``low_rank(rank=8)``, and the entry then has that name.
+        """
+        bare, given = parts(name)
+        found = [entry for entry in self.entries() if entry.name == bare]
         if not found:
             names = ", ".join(sorted({entry.name for entry in self.entries()})) or "none"
             raise PluginError(
@@ -83,7 +88,7 @@ class Registry:
             )
         if found[0].disabled:
             raise PluginError(f"{self._kind} {name!r} is disabled: {found[0].disabled}")
-        return found[0]
+        return replace(found[0], name=name) if given else found[0]
 
     def load(self, name: str) -> Callable[..., Any]:
         """Import and return the entry point's object.
@@ -92,7 +97,7 @@ class Registry:
         """
         entry = self.entry(name)
         try:
-            loaded = self._points[name].load()
+            loaded = self._points[parts(name)[0]].load()
         except (Exception, SystemExit) as error:
             raise PluginError(
                 f"{self._kind} {name!r} of {entry.origin} failed to load: "
@@ -110,8 +115,12 @@ class Registry:
     def create(self, name: str, **parameters: Any) -> Any:
         """Load the plugin, call it, and check the contract version and the members of what it returns."""
         entry, factory = self.entry(name), self.load(name)
+        bare, given = parts(name)
+        parameters = dict(given) | parameters
         try:
             plugin = factory(**parameters)
+        except PrivacyParameterError:
+            raise
         except (Exception, SystemExit) as error:
             raise PluginError(
                 f"{self._kind} {name!r} of {entry.origin} could not be created with {parameters!r}: "
@@ -126,7 +135,7 @@ class Registry:
                     f"{self._kind} {name!r} of {entry.origin} must offer {', '.join(missing)} "
                     f"(contract {CONTRACT_VERSION}), got {type(plugin).__name__} without; update the plugin."
                 )
-            if plugin.name != name:
+            if plugin.name != bare:
                 raise PluginError(
                     f"{self._kind} {name!r} of {entry.origin} must be named as its entry point, "
                     f"got {plugin.name!r}; correct the plugin."
