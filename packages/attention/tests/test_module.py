@@ -280,7 +280,7 @@ def test_budgets_of_heads_are_the_functions_own() -> None:
         ({"unit": "example"}, "unit must be one of"),
         ({"max_grad_norm": 1.0, "clip_norm": 2.0}, "clip_norm must equal max_grad_norm"),
         ({"dropout": 0.1}, "dropout must be 0"),
-        ({"strategy": "importance_based"}, "strategy must be None"),
+        ({"strategy": "importance_based"}, "needs head_importances or head_epsilons"),
         ({"head_epsilons": [1.0]}, "must hold 4 numbers"),
         ({"setting": "training", "max_grad_norm": 1.0}, "make_private takes max_grad_norm"),
         ({"setting": "eval"}, "setting must be one of"),
@@ -291,6 +291,66 @@ def test_what_no_call_could_use_is_refused_when_it_is_built(options: dict[str, A
     arguments = {"num_heads": H, **PRIVATE, **options}
     with pytest.raises(PrivacyParameterError, match=text):
         DPFlashAttention(E, **arguments)
+
+
+def test_defaults_are_epsilon_one_and_the_total_of_a_list() -> None:
+    x = words(2, 6, E)
+    assert DPFlashAttention(E, H, ledger=Ledger.memory())(x, return_privacy_stats=True)[1].epsilon_spent <= 1.0
+    listed = DPFlashAttention(E, H, head_epsilons=[0.5] * H, ledger=Ledger.memory())
+    assert 0.9 < listed(x, return_privacy_stats=True)[1].epsilon_spent < 2.0
+    with pytest.raises(PrivacyParameterError, match="allow_infinite_heads"):
+        DPFlashAttention(E, H, head_epsilons=[1.0, 1.0, 1.0, math.inf], ledger=Ledger.memory())(x)
+
+
+def test_noise_of_the_next_call_is_what_was_set_and_so_is_its_price() -> None:
+    ledger = Ledger.memory(delta=1e-5)
+    module, x = DPFlashAttention(E, H, **PRIVATE, ledger=ledger), words(2, 6, E)
+    module(x)
+    module.set_noise_multiplier(1.5)
+    stats = module(x, return_privacy_stats=True)[1]
+    assert stats.noise_multiplier == 1.5
+    assert stats.epsilon_spent > 1.0
+    assert "built with epsilon=1.0" in repr(module)
+    assert [line.mechanism for line in ledger.releases()] == ["gaussian", "gaussian(noise_multiplier=1.5)"]
+    module.set_noise_multiplier(None)
+    assert module(x, return_privacy_stats=True)[1].epsilon_spent <= 1.0
+    with pytest.raises(PrivacyParameterError, match="noise_multiplier must be"):
+        module.set_noise_multiplier(0.0)
+    with pytest.raises(PrivacyParameterError, match="belongs to setting"):
+        pair(setting="training")[1].set_noise_multiplier(1.0)
+
+
+@pytest.mark.parametrize("mechanism", ["gaussian", "laplace"])
+def test_important_heads_get_less_noise_and_the_total_stays(mechanism: str) -> None:
+    module = DPFlashAttention(
+        E,
+        H,
+        **PRIVATE,
+        strategy="importance_based",
+        head_importances=[1, 4, 16, 64],
+        noise_mechanism=mechanism,
+        ledger=Ledger.memory(),
+    )
+    stats = module(words(2, 6, E), return_privacy_stats=True)[1]
+    assert stats.epsilon_spent <= 1.0
+    scales = stats.head_noise_scales
+    assert sorted(scales, reverse=True) == list(scales)
+    power = 1 / 4 if mechanism == "gaussian" else 1 / 3  # std**2 ~ w**(-1/2); b**3 ~ 1 / w
+    assert scales[0] / scales[3] == pytest.approx(64**power, rel=1e-3)
+    with pytest.raises(PrivacyParameterError, match="one of them"):
+        DPFlashAttention(E, H, strategy="importance_based", head_importances=[1] * H, head_epsilons=[1] * H)
+    with pytest.raises(PrivacyParameterError, match='need strategy="importance_based"'):
+        DPFlashAttention(E, H, head_importances=[1] * H)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_inputs_need_no_half_precision_module(dtype: torch.dtype) -> None:
+    module = DPFlashAttention(E, H, **PRIVATE, ledger=Ledger.memory())
+    assert module(words(2, 6, E).to(dtype)).dtype == dtype
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out, stats = module(words(2, 6, E), return_privacy_stats=True)
+    assert out.dtype == torch.bfloat16
+    assert stats.epsilon_spent <= 1.0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

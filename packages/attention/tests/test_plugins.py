@@ -111,15 +111,6 @@ def test_a_mechanism_that_contradicts_itself_releases_nothing(
     dp_flash_attn_func(*inputs(), **PRIVATE, ledger=ledger)
 
 
-def test_a_mechanism_that_finishes_tensors_is_refused(
-    inputs: Callable[..., Any], ledger: Ledger, third_party: Callable[[str, str], None]
-) -> None:
-    third_party("slow", "class Plugin:\n    def add_noise(self, tensor, sensitivity, epsilon): return tensor\n")
-    with pytest.raises(PluginError, match=r"must add planned noise .* got 'one that finishes tensors"):
-        dp_flash_attn_func(*inputs(), **PRIVATE, mechanism="slow", ledger=ledger)
-    assert not list(ledger.events())
-
-
 def test_a_mechanism_that_picks_is_refused(
     inputs: Callable[..., Any], ledger: Ledger, third_party: Callable[[str, str], None]
 ) -> None:

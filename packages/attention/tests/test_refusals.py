@@ -56,7 +56,7 @@ CASES: list[tuple[dict[str, Any], type[DPFAError], str]] = [
     ),
     ({"head_epsilons": [1, 1, 1, math.inf]}, PrivacyParameterError, "got inf for head 3; a head without noise takes"),
     ({"allow_infinite_heads": True}, PrivacyParameterError, "must be False without head_epsilons, got True. A list"),
-    ({"mechanism": None}, PrivacyParameterError, "mechanism must be the name of an installed mechanism, got None."),
+    ({"mechanism": None}, PrivacyParameterError, "or an object with add_noise, got 'NoneType'."),
     ({"mechanism": "gausian", "epsilon": math.inf}, PluginError, "got 'gausian'; install the package"),
     ({"backend": "cuda9"}, PluginError, "got 'cuda9'; install the package"),
     ({"logit_bound": 400.0}, BackendUnavailable, "logit_bound must be at most 350.0, got 400.0"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -10,13 +11,15 @@ from torch import Tensor
 
 from dpfa_attention.autograd import release
 from dpfa_attention.default_ledger import ledger_numbered, number_and_delta
-from dpfa_attention.options import refuse_what_is_not_offered
+from dpfa_attention.options import bound_of_logits, refuse_what_is_not_offered
 from dpfa_attention.recomputation import tracing_checkpoint
 from dpfa_attention.release_op import DRAWN, draw_release, line_of
 from dpfa_attention.stats import PrivacyStats
+from dpfa_attention.tensor_release import tensor_mechanism, tensor_release
 from dpfa_attention.terms import Agreed, Terms, agreed
+from dpfa_core.contracts import TensorMechanism
 from dpfa_core.ledger import Ledger
-from dpfa_core.spec import Relation, Unit
+from dpfa_core.spec import PrivacySpec, Relation, Unit
 
 
 def dp_flash_attn_func(
@@ -40,7 +43,7 @@ def dp_flash_attn_func(
     clip_norm: float | None = None,
     clip: Literal["value", "output"] = "value",
     logit_bound: float | None = None,
-    mechanism: str = "gaussian",
+    mechanism: str | TensorMechanism = "gaussian",
     noise_structure: str | None = None,
     head_epsilons: Sequence[float] | None = None,
     allow_infinite_heads: bool = False,
@@ -81,7 +84,9 @@ def dp_flash_attn_func(
             mechanism's norm, in the units of v.
         logit_bound: logits become B * tanh(logit / B).
         mechanism: an installed one, or "pld" (gaussian, calibrated by PLD), "standard" and "renyi_gaussian"
-            (gaussian, calibrated by RDP), "laplacian" (laplace), "structured_noise" (`noise_structure`).
+            (gaussian, calibrated by RDP), "laplacian" (laplace), "structured_noise" (`noise_structure`). A name
+            may carry parameters, "low_rank(rank=8)", and fix the noise, "gaussian(noise_multiplier=4.0)": then epsilon
+            is the most that it may cost. An object with ``add_noise`` is the slow path of ``DPMechanism``.
         noise_structure: "low_rank", "sparse", "block_diagonal" or "attention_aware": the mechanism of that name
             with its default parameters. The first two release a projection of the output, block_diagonal clips in
             the norm of its noise, attention_aware needs unit="token".
@@ -156,7 +161,7 @@ def released(
     clip_norm: float | None = None,
     clip: Literal["value", "output"] = "value",
     logit_bound: float | None = None,
-    mechanism: str = "gaussian",
+    mechanism: str | TensorMechanism = "gaussian",
     noise_structure: str | None = None,
     head_epsilons: Sequence[float] | None = None,
     allow_infinite_heads: bool = False,
@@ -174,6 +179,32 @@ def released(
         allow_infinite_heads=allow_infinite_heads,
     )
     number, ledger_delta = number_and_delta(ledger)
+    # a graph holds names; one that it cannot plan with is refused where it runs
+    custom = None
+    if not (isinstance(mechanism, str) and torch.compiler.is_compiling()):
+        custom = tensor_mechanism(mechanism, noise_structure)
+    if custom is not None:
+        if math.isfinite(epsilon) or head_epsilons is not None:
+            asked = {"head_epsilons": head_epsilons, "noise_structure": noise_structure, "seed": seed}
+            out, stats = tensor_release(
+                q,
+                k,
+                v,
+                custom,
+                PrivacySpec(epsilon=epsilon, delta=delta, unit=unit, relation=relation, queries=queries),
+                number,
+                refused=asked | {"backend": None if backend in ("auto", "torch") else backend},
+                release=released,
+                softmax_scale=softmax_scale,
+                causal=causal,
+                window_size=window_size,
+                clip=clip,
+                clip_norm=1.0 if clip_norm is None else clip_norm,
+                logit_bound=bound_of_logits(softcap, logit_bound),
+                lengths=lengths,
+            )
+            return (out, stats) if return_privacy_stats else out
+        mechanism = "gaussian"  # there is no noise to make
     terms = Terms(
         softmax_scale=softmax_scale,
         causal=causal,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -11,17 +12,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dpfa_attention.functional import released
+from dpfa_attention.head_budgets import as_numbers
 from dpfa_attention.module_masks import as_lengths, hidden, outside
 from dpfa_attention.options import resolve
 from dpfa_attention.privacy_spent import Calls, PrivacySpent
 from dpfa_attention.stats import PrivacyStats
+from dpfa_attention.tensor_release import tensor_mechanism
 from dpfa_attention.training_engine import guarding_engine, spent_by
 from dpfa_attention.upstream_gradients import closed
 from dpfa_core.checks import fraction, integer, one_of, positive, require
+from dpfa_core.contracts import TensorMechanism
 from dpfa_core.errors import NotPrivateError, PrivacyParameterError
 from dpfa_core.ledger import Ledger
+from dpfa_core.plugin_names import named
 from dpfa_core.spec import AttentionProblem, PrivacySpec, Relation, Unit
+from dpfa_mechanisms.allocation import importance_based
 from dpfa_mechanisms.sensitivity import reasons_against
+
+EPSILON = 1.0
+"""Of a call, where neither epsilon nor head_epsilons were given."""
 
 
 class DPFlashAttention(nn.Module):
@@ -43,11 +52,14 @@ class DPFlashAttention(nn.Module):
     Args:
         embed_dim, num_heads: as in ``nn.MultiheadAttention``; so are `dropout` (training only), `bias`, `kdim` and
             `vdim`. `batch_first` is True here.
-        epsilon, delta: of one call. In training they are not used: ``make_private`` takes the budget.
+        epsilon, delta: of one call; epsilon None is 1.0, or with `head_epsilons` what the list costs in all. In
+            training they are not used: ``make_private`` takes the budget.
         max_grad_norm, clip_norm: one number under two names, the clip of a release; in training, none.
         head_epsilons: a number for each head; see ``dp_flash_attn_func``.
-        strategy: None, one noise multiplier for all heads.
-        noise_mechanism: an installed mechanism or an alias.
+        strategy: "importance_based" shares epsilon over the heads by `head_importances`, a public number > 0 for
+            each: least noise where it matters most (PRIVACY P6). Beside `head_epsilons`, that list is the sharing.
+            None: the same noise in all heads, unless there is a list.
+        noise_mechanism: an installed mechanism, an alias, or an object of your own, see ``DPMechanism``.
         upstream_gradients: of a release. None: a backward that goes on to the input projections or the inputs
             raises. "block": it stops, and what comes after the release trains. "allow": it goes on; such
             gradients are not covered and must stay inside.
@@ -67,15 +79,16 @@ class DPFlashAttention(nn.Module):
         self,
         embed_dim: int,
         num_heads: int,
-        epsilon: float,
-        delta: float,
+        epsilon: float | None = None,
+        delta: float = 1e-5,
         max_grad_norm: float | None = None,
         head_epsilons: Sequence[float] | None = None,
-        strategy: str | None = None,
-        noise_mechanism: str = "gaussian",
+        strategy: Literal["importance_based"] | None = None,
+        noise_mechanism: str | TensorMechanism = "gaussian",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
+        head_importances: Sequence[float] | None = None,
         setting: Literal["release", "training"] = "release",
         unit: Unit = "sequence",
         queries: Literal["public", "private"] = "private",
@@ -104,7 +117,10 @@ class DPFlashAttention(nn.Module):
         one_of("setting", setting, ("release", "training"))
         one_of("upstream_gradients", upstream_gradients, (None, "block", "allow"))
         fraction("dropout", dropout)
-        require(strategy is None, "strategy must be None", strategy, "head_epsilons gives a budget to each head.")
+        one_of("strategy", strategy, (None, "importance_based"))
+        self.head_epsilons = as_numbers(head_epsilons)
+        if epsilon is None:
+            epsilon = EPSILON if self.head_epsilons is None else math.inf
         self.embed_dim, self.num_heads, self.head_dim = embed_dim, num_heads, embed_dim // num_heads
         self.kdim, self.vdim = kdim or embed_dim, vdim or embed_dim
         self.epsilon, self.delta, self.setting, self.unit, self.relation = epsilon, delta, setting, unit, relation
@@ -112,9 +128,11 @@ class DPFlashAttention(nn.Module):
         self.clip_norm = _one_clip(max_grad_norm, clip_norm)
         self.causal, self.window_size, self.dropout, self.batch_first = causal, tuple(window_size), dropout, batch_first
         self.noise_mechanism, self.noise_structure = noise_mechanism, noise_structure
-        self.head_epsilons = None if head_epsilons is None else tuple(head_epsilons)
+        self.noise_multiplier: float | None = None
+        self.strategy, self.head_importances = strategy, as_numbers(head_importances)
         self.allow_infinite_heads = allow_infinite_heads
         self.upstream_gradients, self.backend, self.seed = upstream_gradients, backend, seed
+        self._share_by_importance()
         self._refuse_what_no_call_can_use()
         self._calls = Calls(ledger, unit, relation)
         self._forwards = 0
@@ -203,8 +221,7 @@ class DPFlashAttention(nn.Module):
             return spent_by(guarding_engine(self.parameters()), delta, self.delta, self._forwards)
         calls = self._calls
         at = next(x for x in (delta, calls.ledger.delta, self.delta) if x is not None)
-        name, accountant = resolve(self.noise_mechanism)
-        return calls.spent(at, self.noise_structure or name, accountant)
+        return calls.spent(at, *self._mechanism_and_accountant())
 
     def reset_privacy_accounting(self, reason: str | None = None) -> None:
         """Count the next calls from zero, because they are about other records; `reason` says so.
@@ -220,6 +237,25 @@ class DPFlashAttention(nn.Module):
         """Why each accounting period but the first was opened."""
         return tuple(self._calls.reasons)
 
+    def set_noise_multiplier(self, noise_multiplier: float | None) -> None:
+        """Use this much noise from the next call on, in the place of what epsilon asks for; None calibrates again.
+
+        A call then costs what its noise costs: `epsilon_spent`, the ledger and its budget go by that, and no longer
+        by the epsilon that the module was built with.
+
+        Args: std of the noise / sensitivity, with `head_epsilons` of all heads together.
+        Raises: PrivacyParameterError.
+        """
+        if noise_multiplier is not None:
+            positive("noise_multiplier", noise_multiplier, remedy="A release without noise has epsilon=inf.")
+        require(self.setting == "release", 'a noise multiplier belongs to setting="release"', self.setting)
+        require(
+            noise_multiplier is None or isinstance(self.noise_mechanism, str),
+            "a noise multiplier needs an installed mechanism that plans its noise",
+            type(self.noise_mechanism).__name__,
+        )
+        self.noise_multiplier = None if noise_multiplier is None else float(noise_multiplier)
+
     def set_clip_norm(self, clip_norm: float) -> None:
         """Use another clip from the next call on; epsilon stays, and the noise follows the clip."""
         positive("clip_norm", clip_norm)
@@ -228,6 +264,8 @@ class DPFlashAttention(nn.Module):
 
     def extra_repr(self) -> str:
         promise = f"epsilon={self.epsilon}, delta={self.delta}, unit={self.unit!r}, setting={self.setting!r}"
+        if self.noise_multiplier is not None:
+            promise = f"noise_multiplier={self.noise_multiplier}, " + promise.replace("epsilon", "built with epsilon")
         return f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, {promise}"
 
     # ---- release
@@ -245,43 +283,58 @@ class DPFlashAttention(nn.Module):
             window=self._window(),
             own=own,
         )
+        q, k, v = self._projected(inputs)
+        open_tape = self.upstream_gradients == "allow"
+        out, stats = self._released(
+            *((q, k, v) if open_tape else (q.detach(), k.detach(), v.detach())), causal=causal, lengths=lengths
+        )
+        if self.upstream_gradients is None:
+            out = closed(out, q, k, v)
+        return _linear(out.flatten(-2), self.out_proj.weight, self.out_proj.bias), stats
+
+    def _projected(self, inputs: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values [B, S, H, D] of query, key and value."""
         q, k, v = (
-            F.linear(x, weight, bias).view(*x.shape[:2], self.num_heads, self.head_dim)
+            _linear(x, weight, bias).view(*x.shape[:2], self.num_heads, self.head_dim)
             for x, weight, bias in zip(inputs, *self._input_projections(), strict=True)
         )
-        open_tape = self.upstream_gradients == "allow"
+        return q, k, v
+
+    def _released(
+        self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, lengths: tuple[tuple[int, int], ...]
+    ) -> tuple[Tensor, PrivacyStats]:
+        """What leaves, [B, S, H, D]; noted among the calls of this module."""
+        out, stats = released(q, k, v, causal=causal, return_privacy_stats=True, lengths=lengths, **self._asked())
+        self._calls.add(stats.event_id)
+        return out, stats
+
+    def _asked(self) -> dict[str, Any]:
+        """The arguments of ``released`` that are the same for every call."""
+        mechanism, epsilon = self.noise_mechanism, self.epsilon
+        if self.noise_multiplier is not None:
+            assert isinstance(mechanism, str)  # noqa: S101  (checked where it was set)
+            # the call costs what its noise costs, however much
+            mechanism, epsilon = named(mechanism, noise_multiplier=self.noise_multiplier), sys.float_info.max
         more: dict[str, Any] = {}
         if self.head_epsilons is not None:
             more |= {"head_epsilons": self.head_epsilons, "allow_infinite_heads": self.allow_infinite_heads}
         if self.noise_structure is not None:
             more["noise_structure"] = self.noise_structure
-        out, stats = released(
-            q if open_tape else q.detach(),
-            k if open_tape else k.detach(),
-            v if open_tape else v.detach(),
-            causal=causal,
-            window_size=self._window(),
-            epsilon=self.epsilon,
-            delta=self.delta,
-            unit=self.unit,
-            relation=self.relation,
-            queries=self.queries,
-            clip_norm=self.clip_norm,
-            clip=self.clip,
-            logit_bound=self.logit_bound,
-            mechanism=self.noise_mechanism,
-            backend=self.backend,
-            seed=self.seed,
-            ledger=self._calls.given,
-            return_privacy_stats=True,
-            lengths=lengths,
-            **more,
-        )
-        self._calls.add(stats.event_id)
-        if self.upstream_gradients is None:
-            out = closed(out, q, k, v)
-        projected: Tensor = self.out_proj(out.flatten(-2))
-        return projected, stats
+        return more | {
+            "window_size": self._window(),
+            "epsilon": epsilon,
+            "delta": self.delta,
+            "unit": self.unit,
+            "relation": self.relation,
+            "queries": self.queries,
+            "clip_norm": self.clip_norm,
+            "clip": self.clip,
+            "logit_bound": self.logit_bound,
+            "mechanism": mechanism,
+            "backend": self.backend,
+            "seed": self.seed,
+            "ledger": self._calls.given,
+        }
 
     def _input_projections(self) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
         """(weights, biases) of query, key and value."""
@@ -347,6 +400,37 @@ class DPFlashAttention(nn.Module):
 
     # ---- arguments
 
+    def _mechanism_and_accountant(self) -> tuple[str, str | None]:
+        found = tensor_mechanism(self.noise_mechanism, self.noise_structure)
+        if found is not None:
+            return found[0].name, None
+        assert isinstance(self.noise_mechanism, str)  # noqa: S101  (an object is one that works on tensors)
+        return resolve(self.noise_mechanism, self.noise_structure)
+
+    def _share_by_importance(self) -> None:
+        """`head_epsilons` in the ratios that serve the important heads best."""
+        scores = self.head_importances
+        require(
+            scores is None or self.strategy == "importance_based",
+            'head_importances need strategy="importance_based"',
+            self.strategy,
+        )
+        if self.strategy is None:
+            return
+        require(
+            (scores is None) != (self.head_epsilons is None),
+            'strategy="importance_based" needs head_importances or head_epsilons, one of them',
+            "both" if scores else "neither",
+            "Importances are public numbers > 0; a list of epsilons has been shared out already.",
+        )
+        if scores is None:
+            return
+        require(math.isfinite(self.epsilon), "head_importances share a finite epsilon", self.epsilon)
+        mechanism, _ = self._mechanism_and_accountant()
+        noise: Literal["gaussian", "laplace"] = "laplace" if mechanism.startswith("laplace") else "gaussian"
+        shared = importance_based(scores, self.epsilon, self.delta, heads=self.num_heads, mechanism=noise)
+        self.head_epsilons = shared.part_epsilons
+
     def _refuse_what_no_call_can_use(self) -> None:
         if self.setting == "training":
             require(
@@ -387,7 +471,7 @@ class DPFlashAttention(nn.Module):
             f"head_epsilons must hold {self.num_heads} numbers, one for each head",
             self.head_epsilons,
         )
-        resolve(self.noise_mechanism)
+        self._mechanism_and_accountant()
 
     def _window(self) -> tuple[int, int]:
         return self.window_size[0], self.window_size[1]
@@ -410,6 +494,13 @@ class DPFlashAttention(nn.Module):
         if x.dim() == 2:
             return x[None]
         return x if self.batch_first else x.transpose(0, 1)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """In the dtype of `x`: half-precision inputs need no half-precision module."""
+    if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    return F.linear(x, weight, bias)
 
 
 def _one_clip(max_grad_norm: float | None, clip_norm: float | None) -> float | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -81,8 +82,8 @@ def priced_release(
 
     Guarantee: tested (price by an accountant that did not choose the noise; cost of the end: see ``sampler_end``).
     Args: `entry` of the mechanism, whose name may fix the noise, "gaussian(noise_multiplier=4.0)": then epsilon is
-    what that costs, and `spec` the most that it may cost; `accountant` to calibrate by, None for the mechanism's closed form;
-    `lifetime_delta` at which the ledger adds up; `head_epsilons`, see ``head_budgets``.
+    what that costs, and `spec` the most that it may cost; `accountant` to calibrate by, None for the mechanism's closed
+    form; `lifetime_delta` at which the ledger adds up; `head_epsilons`, see ``head_budgets``.
     Raises: PrivacyParameterError with the mechanism's reasons, or if delta cannot pay the sampler's end;
     PluginError if accounting prices the release above the promise; UnsupportedEvent if it cannot price it.
     """
@@ -97,9 +98,9 @@ def priced_release(
             heads=problem.q_heads,
             allow_infinite=allow_infinite_heads,
         )
-        if fixed is None:
-            # what the list costs in all, or what the heads that have noise may cost
-            spec = dataclasses.replace(spec, epsilon=heads.epsilon)
+        # what the list costs in all, or what the heads that have noise may cost; given noise costs what it costs
+        most = heads.epsilon if fixed is None else min(spec.epsilon, sys.float_info.max)
+        spec = dataclasses.replace(spec, epsilon=most)
     reasons = tuple(mechanism.supports(spec, problem))
     if reasons:
         raise PrivacyParameterError(f"mechanism {entry.name!r} cannot keep this promise: {' '.join(reasons)}")

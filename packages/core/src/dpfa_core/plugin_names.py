@@ -28,7 +28,8 @@ def parts(name: str) -> tuple[str, tuple[tuple[str, Value], ...]]:
         value = None if one is None else _value(one["value"])
         if one is None or value is None or one["key"] in given:
             raise PrivacyParameterError(
-                f"a plugin's parameters must be like 'low_rank(rank=8)', numbers or True or False, each once, got {name!r}."
+                "a plugin's parameters must be like 'low_rank(rank=8)', numbers or True or False, each once, got "
+                f"{name!r}."
             )
         given[one["key"]] = value
     return found["name"].strip(), tuple(sorted(given.items()))
