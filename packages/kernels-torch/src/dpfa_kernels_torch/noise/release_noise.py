@@ -9,6 +9,7 @@ from dpfa_core.contracts import NoiseKey
 from dpfa_core.spec import AttentionProblem, NoisePlan
 from dpfa_kernels_torch.noise.draw import pairs
 from dpfa_kernels_torch.noise.layout import release_counts
+from dpfa_kernels_torch.noise.release_run import release_run
 from dpfa_kernels_torch.visibility import visible_counts
 
 CHUNK = 1 << 18
@@ -49,6 +50,28 @@ def release_noise(
         mix: [D, D], a root of the noise's covariance: each row z becomes ``z @ mix.T`` before it is rounded.
     Returns: `dtype` [B, S, H, D], or [B, S, H, columns] where the plan's structure projects.
     """
+    device = key.words.device
+    if key.generator == "chacha20" and device.type == "cpu":
+        return _run(problem, plan, key, dtype, mix)
+    return noise_by_definition(problem, plan, key, dtype, mix)
+
+
+def _run(problem: AttentionProblem, plan: NoisePlan, key: NoiseKey, dtype: torch.dtype, mix: Tensor | None) -> Tensor:
+    B, S, H, D = problem.batch, problem.q_len, problem.q_heads, drawn_columns(plan, problem.head_dim)
+    scale = noise_scale(problem, plan)
+    if scale.numel() > 1:
+        scale = scale.expand(B, S, H).transpose(1, 2).reshape(B * H, S)
+    noise = torch.empty(B * H, S, D, dtype=dtype if mix is None else torch.float64)
+    release_run(key, plan.distribution, plan.transform, batch=B, heads=H, scale=scale, columns=D, out=noise)
+    if mix is not None:
+        noise = torch.cat([(part @ mix.to(part).T).to(dtype) for part in noise.split(max(1, CHUNK // (S * D)))])
+    return noise.reshape(B, H, S, D).transpose(1, 2)
+
+
+def noise_by_definition(
+    problem: AttentionProblem, plan: NoisePlan, key: NoiseKey, dtype: torch.dtype, mix: Tensor | None = None
+) -> Tensor:
+    """``release_noise`` value by value, on every device, by every generator: the fast run is compared with it."""
     device = key.words.device
     B, S, H, D = problem.batch, problem.q_len, problem.q_heads, drawn_columns(plan, problem.head_dim)
     counts = release_counts(H, D)
