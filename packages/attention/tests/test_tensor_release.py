@@ -96,6 +96,14 @@ def test_what_it_would_not_heed_is_refused(inputs: Callable[..., Any], options: 
         dp_flash_attn_func(*inputs(), **PRIVATE, mechanism=Shift)  # type: ignore[call-overload]
 
 
+@pytest.mark.parametrize("name", ["gaussian", "gaussian(noise_multiplier=4.0)", "laplacian"])
+def test_it_may_not_bear_the_name_of_a_checked_one(inputs: Callable[..., Any], ledger: Ledger, name: str) -> None:
+    mechanism = type("Impostor", (Shift,), {"name": name})()
+    with pytest.raises(PrivacyParameterError, match="must have a name of its own"):
+        dp_flash_attn_func(*inputs(), **PRIVATE, mechanism=mechanism, ledger=ledger)
+    assert not list(ledger.events())
+
+
 def test_an_installed_one_is_used_by_name(
     inputs: Callable[..., Any], ledger: Ledger, third_party: Callable[[str, str], None]
 ) -> None:

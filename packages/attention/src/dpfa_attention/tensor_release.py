@@ -19,6 +19,7 @@ from dpfa_core.contracts import TensorMechanism
 from dpfa_core.errors import NotPrivateError, PluginError
 from dpfa_core.events import Event, NonPrivate
 from dpfa_core.ledger import Ledger
+from dpfa_core.plugin_names import parts
 from dpfa_core.registry import MECHANISMS, Entry
 from dpfa_core.spec import PrivacySpec
 from dpfa_mechanisms.sensitivity import sensitivity
@@ -45,10 +46,15 @@ def tensor_mechanism(mechanism: Any, noise_structure: str | None = None) -> Foun
         'A planned mechanism is asked for by name and parameters: "low_rank(rank=8)".',
     )
     kind = type(mechanism)
-    name = getattr(mechanism, "name", kind.__name__)
-    return Entry(
-        str(name), "this process", "unknown version", f"{kind.__module__}:{kind.__qualname__}", False
-    ), mechanism
+    name = str(getattr(mechanism, "name", kind.__name__))
+    taken = {parts(name)[0], resolve(name)[0]} & {entry.name for entry in MECHANISMS.entries() if entry.first_party}
+    require(
+        not taken,
+        "a mechanism of your own must have a name of its own, or the ledger would credit its noise to another",
+        name,
+        "Give it another name.",
+    )
+    return Entry(name, "this process", "unknown version", f"{kind.__module__}:{kind.__qualname__}", False), mechanism
 
 
 def _installed(entry: Entry) -> Found | None:

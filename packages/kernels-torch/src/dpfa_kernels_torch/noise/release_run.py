@@ -17,7 +17,7 @@ from dpfa_core.checks import require
 from dpfa_core.contracts import NoiseKey
 from dpfa_kernels_torch.noise.keystream import keystream_into
 from dpfa_kernels_torch.noise.layout import RELEASE_FIELDS
-from dpfa_kernels_torch.noise.training_run import _workers
+from dpfa_kernels_torch.noise.training_run import workers
 
 PIECE = 1 << 16
 """Values at a time, unless sixteen rows have more."""
@@ -95,7 +95,7 @@ def release_run(
             for start in starts:
                 piece(start)
         else:
-            for _ in _workers(torch.get_num_threads()).map(piece, starts):
+            for _ in workers(torch.get_num_threads()).map(piece, starts):
                 pass
 
 

@@ -44,7 +44,7 @@ def add_run_(flat: Tensor, std: float, secret: bytes, *, parameter: int, step: i
     if len(starts) == 1:
         piece(starts[0])
     else:
-        for _ in _workers(torch.get_num_threads()).map(piece, starts):
+        for _ in workers(torch.get_num_threads()).map(piece, starts):
             pass
 
 
@@ -93,7 +93,7 @@ class Workspace:
 
 
 @lru_cache(maxsize=4)
-def _workers(threads: int) -> ThreadPoolExecutor:
+def workers(threads: int) -> ThreadPoolExecutor:
     """Threads whose own operations stay single: splitting one that is this short costs more than it does."""
     started = threading.Barrier(threads + 1)
 
@@ -114,4 +114,4 @@ def _workers(threads: int) -> ThreadPoolExecutor:
 
 if hasattr(os, "register_at_fork"):
     # a child has the pool but not its threads
-    os.register_at_fork(after_in_child=_workers.cache_clear)
+    os.register_at_fork(after_in_child=workers.cache_clear)
