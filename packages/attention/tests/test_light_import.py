@@ -14,6 +14,7 @@ def test_public_names_are_the_ones_listed() -> None:
     import dpfa_attention
 
     assert sorted(dpfa_attention.__all__) == [
+        "DPCheckpointedAttention",
         "DPFlashAttention",
         "LeakingPath",
         "PrivacySpent",

@@ -264,9 +264,9 @@ def test_budgets_of_heads_are_the_functions_own() -> None:
     _, stats = module(x, return_privacy_stats=True)
     assert 0.5 < stats.epsilon_spent < 2.0
     assert float(module.get_privacy_spent()) == pytest.approx(stats.epsilon_spent, rel=1e-6)
-    module = DPFlashAttention(E, H, 1.0, 1e-5, head_epsilons=[math.inf, 1, 1, 1], ledger=Ledger.memory())
-    with pytest.raises(PrivacyParameterError, match="allow_infinite_heads"):
-        module(x)
+    for epsilon in (1.0, None):
+        with pytest.raises(PrivacyParameterError, match="allow_infinite_heads=True"):
+            DPFlashAttention(E, H, epsilon, 1e-5, head_epsilons=[math.inf, 1, 1, 1])
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from dp_flash_attention import DPFlashAttention, Ledger, check_release_paths, engine_of, make_private
+from dp_flash_attention import (
+    DPCheckpointedAttention,
+    DPFlashAttention,
+    Ledger,
+    check_release_paths,
+    clipped_gradients,
+    engine_of,
+    make_private,
+)
 from dp_flash_attention.privacy import RenyiAccountant
 from dpfa_core.errors import NotPrivateError
 
@@ -50,6 +58,24 @@ def test_in_training_the_engine_spends_and_each_forward_is_pending() -> None:
     assert stats.scope == "pending_step"
     # what a training forward returns has no noise at all
     assert not check_release_paths(module.eval(), data.tensors[0][:2])
+
+
+def test_recomputed_attention_has_the_per_sample_gradients_of_the_plain_one(caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    plain, ours = Classifier(), Classifier()
+    ours.attention = DPCheckpointedAttention(8, 2, 1.0, setting="training", causal=True)
+    ours.load_state_dict(plain.state_dict())
+    batch = torch.randn(6, 5, 8), torch.arange(6) % 2
+
+    def losses(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+    expected, found = (
+        clipped_gradients(model.eval(), losses, batch, max_grad_norm=0.5, reduction="sum") for model in (plain, ours)
+    )
+    torch.testing.assert_close(found[1], expected[1])
+    torch.testing.assert_close(list(found[0].values()), list(expected[0].values()))
+    assert "once for each sample" not in caplog.text
 
 
 def test_a_report_of_spending_is_a_step_that_an_accountant_counts_once() -> None:

@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dpfa_attention.checkpointed_module import DPCheckpointedAttention
     from dpfa_attention.default_ledger import process_ledger
     from dpfa_attention.functional import dp_flash_attn_func
     from dpfa_attention.kv_cache import dp_flash_attn_with_kvcache
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "DPCheckpointedAttention",
     "DPFlashAttention",
     "LeakingPath",
     "PrivacySpent",
@@ -34,6 +36,7 @@ __all__ = [
 ]
 
 _WHERE = {
+    "DPCheckpointedAttention": "checkpointed_module",
     "DPFlashAttention": "module",
     "LeakingPath": "release_paths",
     "PrivacySpent": "privacy_spent",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -169,8 +169,14 @@ def released(
     seed: int | None = None,
     ledger: Ledger | None = None,
     return_privacy_stats: bool = False,
+    compute: Callable[..., Tensor] | None = None,
 ) -> Any:
-    """``dp_flash_attn_func`` of a batch that is padded to `lengths`, (queries, keys) of each row; empty means full."""
+    """``dp_flash_attn_func`` of a batch that is padded to `lengths`, (queries, keys) of each row; empty means full.
+
+    `compute` makes the output of q, k, v, the ticket and the terms; None is ``release``, and another one may keep
+    less for the backward pass. A mechanism that works on tensors does without.
+    """
+    compute = compute or release
     refuse_what_is_not_offered(
         dropout_p=dropout_p,
         alibi_slopes=alibi_slopes,
@@ -230,12 +236,12 @@ def released(
     )
     if torch.compiler.is_compiling():
         if return_privacy_stats:
-            return _with_stats(q, k, v, terms)
-        return release(q, k, v, _traced_draw(q, k, v, terms), *terms)
+            return _with_stats(q, k, v, terms, compute)
+        return compute(q, k, v, _traced_draw(q, k, v, terms), *terms)
     what = agreed(q, k, v, terms)
     ledger_numbered(number, what.spec)
     ticket = draw(q, k, v, terms)
-    out = release(q, k, v, ticket, *terms)
+    out = compute(q, k, v, ticket, *terms)
     return (out, _stats(what, ticket, terms)) if return_privacy_stats else out
 
 
@@ -264,10 +270,12 @@ def _traced_draw(q: Tensor, k: Tensor, v: Tensor, terms: Terms) -> Tensor:
 
 
 @torch.compiler.disable(reason="PrivacyStats names the line of the ledger, which each run writes anew")
-def _with_stats(q: Tensor, k: Tensor, v: Tensor, terms: Terms) -> tuple[Tensor, PrivacyStats]:
+def _with_stats(
+    q: Tensor, k: Tensor, v: Tensor, terms: Terms, compute: Callable[..., Tensor]
+) -> tuple[Tensor, PrivacyStats]:
     what = agreed(q, k, v, terms)
     ticket = draw(q, k, v, terms)
-    return release(q, k, v, ticket, *terms), _stats(what, ticket, terms)
+    return compute(q, k, v, ticket, *terms), _stats(what, ticket, terms)
 
 
 def _stats(what: Agreed, ticket: Tensor, terms: Terms) -> PrivacyStats:

@@ -8,26 +8,26 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dpfa_attention.functional import released
 from dpfa_attention.head_budgets import as_numbers
-from dpfa_attention.module_masks import as_lengths, hidden, outside
+from dpfa_attention.module_arguments import one_clip, refuse_what_no_call_can_use, shared_by_importance
+from dpfa_attention.module_masks import as_lengths, hidden
+from dpfa_attention.module_training import exact_attention, pending
 from dpfa_attention.options import resolve
 from dpfa_attention.privacy_spent import Calls, PrivacySpent
+from dpfa_attention.projection import linear, projected
 from dpfa_attention.stats import PrivacyStats
 from dpfa_attention.tensor_release import tensor_mechanism
 from dpfa_attention.training_engine import guarding_engine, spent_by
 from dpfa_attention.upstream_gradients import closed
 from dpfa_core.checks import fraction, integer, one_of, positive, require
 from dpfa_core.contracts import TensorMechanism
-from dpfa_core.errors import NotPrivateError, PrivacyParameterError
+from dpfa_core.errors import NotPrivateError
 from dpfa_core.ledger import Ledger
 from dpfa_core.plugin_names import named
-from dpfa_core.spec import AttentionProblem, PrivacySpec, Relation, Unit
-from dpfa_mechanisms.allocation import importance_based
-from dpfa_mechanisms.sensitivity import reasons_against
+from dpfa_core.spec import Relation, Unit
 
 EPSILON = 1.0
 """Of a call, where neither epsilon nor head_epsilons were given."""
@@ -125,15 +125,23 @@ class DPFlashAttention(nn.Module):
         self.kdim, self.vdim = kdim or embed_dim, vdim or embed_dim
         self.epsilon, self.delta, self.setting, self.unit, self.relation = epsilon, delta, setting, unit, relation
         self.queries, self.clip, self.logit_bound = queries, clip, logit_bound
-        self.clip_norm = _one_clip(max_grad_norm, clip_norm)
+        self.clip_norm = one_clip(max_grad_norm, clip_norm)
         self.causal, self.window_size, self.dropout, self.batch_first = causal, tuple(window_size), dropout, batch_first
         self.noise_mechanism, self.noise_structure = noise_mechanism, noise_structure
         self.noise_multiplier: float | None = None
         self.strategy, self.head_importances = strategy, as_numbers(head_importances)
         self.allow_infinite_heads = allow_infinite_heads
         self.upstream_gradients, self.backend, self.seed = upstream_gradients, backend, seed
-        self._share_by_importance()
-        self._refuse_what_no_call_can_use()
+        self.head_epsilons = shared_by_importance(
+            self.head_importances,
+            strategy=strategy,
+            head_epsilons=self.head_epsilons,
+            epsilon=epsilon,
+            delta=delta,
+            heads=num_heads,
+            mechanism=self._mechanism_and_accountant()[0],
+        )
+        refuse_what_no_call_can_use(self)
         self._calls = Calls(ledger, unit, relation)
         self._forwards = 0
 
@@ -283,6 +291,13 @@ class DPFlashAttention(nn.Module):
             window=self._window(),
             own=own,
         )
+        out, stats = self._attended(inputs, causal=causal, lengths=lengths)
+        return linear(out.flatten(-2), self.out_proj.weight, self.out_proj.bias), stats
+
+    def _attended(
+        self, inputs: list[Tensor], *, causal: bool, lengths: tuple[tuple[int, int], ...]
+    ) -> tuple[Tensor, PrivacyStats]:
+        """What leaves, [B, S, H, D], with the tape that `upstream_gradients` allows."""
         q, k, v = self._projected(inputs)
         open_tape = self.upstream_gradients == "allow"
         out, stats = self._released(
@@ -290,21 +305,18 @@ class DPFlashAttention(nn.Module):
         )
         if self.upstream_gradients is None:
             out = closed(out, q, k, v)
-        return _linear(out.flatten(-2), self.out_proj.weight, self.out_proj.bias), stats
+        return out, stats
 
     def _projected(self, inputs: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values [B, S, H, D] of query, key and value."""
-        q, k, v = (
-            _linear(x, weight, bias).view(*x.shape[:2], self.num_heads, self.head_dim)
-            for x, weight, bias in zip(inputs, *self._input_projections(), strict=True)
-        )
-        return q, k, v
+        return projected(inputs, *self._input_projections(), self.num_heads)
 
     def _released(
-        self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, lengths: tuple[tuple[int, int], ...]
+        self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, lengths: tuple[tuple[int, int], ...], **more: Any
     ) -> tuple[Tensor, PrivacyStats]:
         """What leaves, [B, S, H, D]; noted among the calls of this module."""
-        out, stats = released(q, k, v, causal=causal, return_privacy_stats=True, lengths=lengths, **self._asked())
+        asked = self._asked() | more
+        out, stats = released(q, k, v, causal=causal, return_privacy_stats=True, lengths=lengths, **asked)
         self._calls.add(stats.event_id)
         return out, stats
 
@@ -349,54 +361,12 @@ class DPFlashAttention(nn.Module):
     def _train(
         self, inputs: list[Tensor], attn_mask: Tensor | None, padding: Tensor | None, causal: bool, own: bool
     ) -> tuple[Tensor, PrivacyStats]:
-        engine = guarding_engine(self.parameters())
-        if engine is None and self.training and any(x.requires_grad for x in self.parameters()):
-            raise NotPrivateError(
-                'setting="training" must run inside an engine, got parameters that none guards: their gradients would '
-                "get no noise; call make_private on the model, or eval() to look at it."
-            )
-        q, k, v = (x.transpose(0, 1) for x in inputs)
-        out_of_sight = outside(q.shape[0], k.shape[0], causal=causal, window=self._window()).to(q.device)
-        attn_mask = out_of_sight if attn_mask is None else attn_mask | out_of_sight
-        alike = self.in_proj_weight is not None
-        out, _ = F.multi_head_attention_forward(
-            q,
-            k,
-            v,
-            self.embed_dim,
-            self.num_heads,
-            self.in_proj_weight,
-            self.in_proj_bias,
-            None,
-            None,
-            False,
-            self.dropout,
-            self.out_proj.weight,
-            self.out_proj.bias,
-            training=self.training,
-            key_padding_mask=padding,
-            need_weights=False,
-            attn_mask=attn_mask if bool(attn_mask.any()) else None,
-            use_separate_proj_weight=not alike,
-            q_proj_weight=None if alike else self.q_proj_weight,
-            k_proj_weight=None if alike else self.k_proj_weight,
-            v_proj_weight=None if alike else self.v_proj_weight,
-        )
-        ledger = getattr(engine, "ledger", None)
-        stats = PrivacyStats(
-            epsilon_spent=0.0,
-            delta=0.0,
-            scope="pending_step",
-            unit=getattr(ledger, "unit", None) or "example",
-            relation=getattr(ledger, "relation", None) or self.relation,
-            privacy_mechanism="none",
-            noise_multiplier=0.0,
-            noise_std=0.0,
-            backend="torch",
-            event_id="",
-            secure_noise=True,
-        )
-        return out.transpose(0, 1), stats
+        stats = pending(self)
+        return self._exact(inputs, attn_mask, padding, causal=causal), stats
+
+    def _exact(self, inputs: list[Tensor], attn_mask: Tensor | None, padding: Tensor | None, *, causal: bool) -> Tensor:
+        """[B, S, E]."""
+        return exact_attention(self, inputs, attn_mask, padding, causal=causal)
 
     # ---- arguments
 
@@ -406,72 +376,6 @@ class DPFlashAttention(nn.Module):
             return found[0].name, None
         assert isinstance(self.noise_mechanism, str)  # noqa: S101  (an object is one that works on tensors)
         return resolve(self.noise_mechanism, self.noise_structure)
-
-    def _share_by_importance(self) -> None:
-        """`head_epsilons` in the ratios that serve the important heads best."""
-        scores = self.head_importances
-        require(
-            scores is None or self.strategy == "importance_based",
-            'head_importances need strategy="importance_based"',
-            self.strategy,
-        )
-        if self.strategy is None:
-            return
-        require(
-            (scores is None) != (self.head_epsilons is None),
-            'strategy="importance_based" needs head_importances or head_epsilons, one of them',
-            "both" if scores else "neither",
-            "Importances are public numbers > 0; a list of epsilons has been shared out already.",
-        )
-        if scores is None:
-            return
-        require(math.isfinite(self.epsilon), "head_importances share a finite epsilon", self.epsilon)
-        mechanism, _ = self._mechanism_and_accountant()
-        noise: Literal["gaussian", "laplace"] = "laplace" if mechanism.startswith("laplace") else "gaussian"
-        shared = importance_based(scores, self.epsilon, self.delta, heads=self.num_heads, mechanism=noise)
-        self.head_epsilons = shared.part_epsilons
-
-    def _refuse_what_no_call_can_use(self) -> None:
-        if self.setting == "training":
-            require(
-                self.clip_norm is None and self.logit_bound is None and self.head_epsilons is None,
-                'clip_norm, max_grad_norm, logit_bound and head_epsilons must be None in setting="training"',
-                "another value",
-                "Attention is exact there; make_private takes max_grad_norm.",
-            )
-            return
-        spec = PrivacySpec(
-            epsilon=self.epsilon, delta=self.delta, unit=self.unit, relation=self.relation, queries=self.queries
-        )
-        one_of("unit", self.unit, ("sequence", "token"), 'Examples and users are units of setting="training".')
-        require(
-            self.dropout == 0,
-            'dropout must be 0 in setting="release"',
-            self.dropout,
-            "Dropped weights are rescaled, which no sensitivity here covers.",
-        )
-        private = not math.isinf(self.epsilon) or self.head_epsilons is not None
-        problem = AttentionProblem(
-            batch=1,
-            q_len=1,
-            kv_len=1,
-            q_heads=self.num_heads,
-            kv_heads=self.num_heads,
-            head_dim=self.head_dim,
-            window=self._window(),
-            clip=self.clip,
-            clip_norm=1.0 if private and self.clip_norm is None else self.clip_norm,
-            logit_bound=self.logit_bound,
-        )
-        reasons = reasons_against(spec, problem, "l2") if private else ()
-        if reasons:
-            raise PrivacyParameterError("this release has no sensitivity: " + " ".join(reasons))
-        require(
-            self.head_epsilons is None or len(self.head_epsilons) == self.num_heads,
-            f"head_epsilons must hold {self.num_heads} numbers, one for each head",
-            self.head_epsilons,
-        )
-        self._mechanism_and_accountant()
 
     def _window(self) -> tuple[int, int]:
         return self.window_size[0], self.window_size[1]
@@ -494,20 +398,3 @@ class DPFlashAttention(nn.Module):
         if x.dim() == 2:
             return x[None]
         return x if self.batch_first else x.transpose(0, 1)
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """In the dtype of `x`: half-precision inputs need no half-precision module."""
-    if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
-        weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-    return F.linear(x, weight, bias)
-
-
-def _one_clip(max_grad_norm: float | None, clip_norm: float | None) -> float | None:
-    require(
-        None in (max_grad_norm, clip_norm) or max_grad_norm == clip_norm,
-        f"clip_norm must equal max_grad_norm={max_grad_norm}, which means the same",
-        clip_norm,
-        "Give one of them.",
-    )
-    return max_grad_norm if clip_norm is None else clip_norm

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from dp_flash_attention.cuda import cuda_version
     from dp_flash_attention.self_test import privacy_check
     from dpfa_attention import (
+        DPCheckpointedAttention,
         DPFlashAttention,
         PrivacySpent,
         PrivacyStats,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _WHERE = {
+    "DPCheckpointedAttention": "dpfa_attention",
     "DPFlashAttention": "dpfa_attention",
     "Ledger": "dpfa_core.ledger",
     "PrivacySpent": "dpfa_attention",
@@ -51,6 +53,7 @@ _WHERE = {
 }
 
 __all__ = [
+    "DPCheckpointedAttention",
     "DPFlashAttention",
     "Ledger",
     "PrivacySpent",
