@@ -172,6 +172,8 @@ def test_heads_bounds_compose_to_the_whole_bound_and_are_json() -> None:
     assert math.sqrt(sum(head["tight"] ** 2 for head in heads)) == pytest.approx(found["tight"], rel=1e-6)
     assert [head["kv_head"] for head in heads] == [0, 0, 1, 1]
     assert all(0 < head["key_value"] <= head["query_key_value"] for head in heads)
+    assert all(max(head["query"], head["key"], head["value"]) <= head["query_key_value"] for head in heads)
+    assert all(head["key"] < head["value"] == head["key_value"] for head in heads)
     json.dumps(found, allow_nan=False)
 
 

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dpfa_attention.checkpointed_module import DPCheckpointedAttention
     from dpfa_attention.default_ledger import process_ledger
+    from dpfa_attention.enhanced_module import EnhancedDPFlashAttention, create_enhanced_dp_flash_attention
     from dpfa_attention.functional import dp_flash_attn_func
     from dpfa_attention.kv_cache import dp_flash_attn_with_kvcache
+    from dpfa_attention.mechanism_types import PrivacyMechanismType, create_research_mechanism
     from dpfa_attention.module import DPFlashAttention
     from dpfa_attention.privacy_spent import PrivacySpent
     from dpfa_attention.qkv_packed import dp_flash_attn_qkvpacked_func
@@ -22,11 +24,15 @@ __version__ = "0.1.0"
 __all__ = [
     "DPCheckpointedAttention",
     "DPFlashAttention",
+    "EnhancedDPFlashAttention",
     "LeakingPath",
+    "PrivacyMechanismType",
     "PrivacySpent",
     "PrivacyStats",
     "ReleasePaths",
     "check_release_paths",
+    "create_enhanced_dp_flash_attention",
+    "create_research_mechanism",
     "dp_flash_attn_func",
     "dp_flash_attn_qkvpacked_func",
     "dp_flash_attn_varlen_func",
@@ -38,11 +44,15 @@ __all__ = [
 _WHERE = {
     "DPCheckpointedAttention": "checkpointed_module",
     "DPFlashAttention": "module",
+    "EnhancedDPFlashAttention": "enhanced_module",
     "LeakingPath": "release_paths",
+    "PrivacyMechanismType": "mechanism_types",
     "PrivacySpent": "privacy_spent",
     "PrivacyStats": "stats",
     "ReleasePaths": "release_paths",
     "check_release_paths": "release_paths",
+    "create_enhanced_dp_flash_attention": "enhanced_module",
+    "create_research_mechanism": "mechanism_types",
     "dp_flash_attn_func": "functional",
     "dp_flash_attn_qkvpacked_func": "qkv_packed",
     "dp_flash_attn_varlen_func": "varlen",

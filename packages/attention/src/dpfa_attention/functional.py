@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from dpfa_attention.adaptive_clip import moved_clip as moved_clip
 from dpfa_attention.autograd import release
 from dpfa_attention.default_ledger import ledger_numbered, number_and_delta
 from dpfa_attention.options import bound_of_logits, refuse_what_is_not_offered

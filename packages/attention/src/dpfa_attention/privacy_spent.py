@@ -49,6 +49,8 @@ class Calls:
         self.periods: list[list[str]] = [[]]
         self.reasons: list[str] = []
         """Why each period but the first was opened."""
+        self.beside: set[str] = set()
+        """Lines that are no forward pass."""
 
     @property
     def ledger(self) -> Ledger:
@@ -58,6 +60,11 @@ class Calls:
     def add(self, event_id: str) -> None:
         """Note a call that the ledger has on this line."""
         self.periods[-1].append(event_id)
+
+    def add_beside(self, event_id: str) -> None:
+        """Note a line that a call needed beside its release."""
+        self.add(event_id)
+        self.beside.add(event_id)
 
     def new_period(self, reason: str) -> None:
         """Count from zero again; the ledger and the lifetime total go on."""
@@ -76,13 +83,15 @@ class Calls:
         lifetime: list[tuple[Event, int]] = []
         period: list[tuple[Event, int]] = []
         last: str | None = None
+        forwards = 0
         # what the ledger does not hold was not released: a check of release paths charges another one
         for line in self.ledger.releases() if wanted else ():
             if line.id in wanted:
                 lifetime.append((line.event, line.count))
                 if wanted[line.id] == len(self.periods) - 1:
                     period.append((line.event, line.count))
-                    last = line.id
+                    if line.id not in self.beside:
+                        last, forwards = line.id, forwards + 1
         epsilon, method = _price(period, delta, accountant)
         return PrivacySpent(
             total_epsilon=epsilon,
@@ -91,7 +100,7 @@ class Calls:
             ledger_epsilon=_price(list(self.ledger.events()), delta, None)[0],
             privacy_mechanism=mechanism,
             composition_method=method,
-            forward_count=len(period),
+            forward_count=forwards,
             unit=self.unit,
             relation=self.relation,
             event_id=last,

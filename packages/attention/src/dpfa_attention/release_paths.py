@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpfa_attention import functional
+from dpfa_attention.adaptive_clip import Moved
 from dpfa_attention.terms import Terms, agreed
 from dpfa_core.ledger import Ledger
 
@@ -168,7 +169,7 @@ def _written(func: Any, name: str, args: tuple[Any, ...], kwargs: Mapping[str, A
 def _releases_end_paths(trace: _Trace) -> Iterator[None]:
     """In here a release is zeros that depend on nothing, and goes to a ledger that is thrown away."""
     names, here = vars(functional), threading.get_ident()
-    release, draw = names["release"], names["draw"]
+    release, draw, moved_clip = names["release"], names["draw"], names["moved_clip"]
     scratch: list[Ledger] = []
 
     def ends(q: Tensor, k: Tensor, v: Tensor, ticket: Tensor, *values: Any) -> Tensor:
@@ -190,11 +191,17 @@ def _releases_end_paths(trace: _Trace) -> Iterator[None]:
         ticket: Tensor = draw(q, k, v, terms)
         return ticket
 
-    names |= {"release": ends, "draw": uncharged}
+    def unmoved(v: Tensor, lengths: Any, clip_norm: float, **budget: Any) -> Moved:
+        if threading.get_ident() != here:
+            counted: Moved = moved_clip(v, lengths, clip_norm, **budget)
+            return counted
+        return Moved(clip_norm, 0.0, 0.0, "")
+
+    names |= {"release": ends, "draw": uncharged, "moved_clip": unmoved}
     try:
         yield
     finally:
-        names |= {"release": release, "draw": draw}
+        names |= {"release": release, "draw": draw, "moved_clip": moved_clip}
 
 
 def _outside(module: nn.Module, result: Any, trace: _Trace, kept: Mapping[str, Tensor]) -> Iterator[LeakingPath]:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import Self
 
+from dp_flash_attention.structured_noise import StructuredNoiseMechanism
 from dpfa_core.checks import fraction, integer, require
 from dpfa_core.errors import DPFAError, PrivacyParameterError
 from dpfa_core.events import Event, Gaussian, PoissonSampled, SelfComposed
+from dpfa_mechanisms.sensitivity_analysis import AttentionSensitivityAnalyzer
 
-if TYPE_CHECKING:
-    from dpfa_core.spec import AttentionProblem, Norm, PrivacySpec
-
-__all__ = ["AttentionSensitivityAnalyzer", "Bound", "CompositionAnalyzer", "PrivacyLossDistribution"]
+__all__ = [
+    "AttentionSensitivityAnalyzer",
+    "Bound",
+    "CompositionAnalyzer",
+    "PrivacyLossDistribution",
+    "StructuredNoiseMechanism",
+]
 
 Events = Event | Iterable[Event | tuple[Event, int]]
 """One event, or several, each alone or with its count."""
@@ -75,50 +79,6 @@ class PrivacyLossDistribution:
                 "build one from the events of both."
             )
         return type(self)((*self._events, *other._events), self._delta)
-
-
-class AttentionSensitivityAnalyzer:
-    """How far one record moves the released attention, per head and in all.
-
-    Guarantee: as of ``dpfa_mechanisms.sensitivity``; nothing is estimated from data.
-    """
-
-    def __init__(self, spec: PrivacySpec, problem: AttentionProblem, *, norm: Norm = "l2") -> None:
-        self._spec, self._problem, self._norm = spec, problem, norm
-
-    def analyze(self) -> dict[str, Any]:
-        """Bounds in output units, ready for JSON.
-
-        ``tight`` scales the noise, ``naive`` looks at no softmax, ``ratio`` is naive / tight; ``per_head`` has
-        one entry for each query head, with the head of keys and values that it reads: what a head released
-        alone would need, and for the token unit what a changed key and value (``key_value``) and a changed
-        query, key and value (``query_key_value``) move at most in one row. ``sentences`` say why.
-
-        Raises: PrivacyParameterError where there is no sensitivity.
-        """
-        from dpfa_mechanisms.explain import explain
-
-        whole = explain(self._spec, self._problem, self._norm)
-        head = explain(self._spec, dataclasses.replace(self._problem, q_heads=1, kv_heads=1), self._norm)
-        entry: dict[str, Any] = {"tight": head.tight, "naive": head.naive, "ratio": _ratio(head.naive, head.tight)}
-        if self._spec.unit == "token":
-            entry["key_value"] = max(row.if_seen for row in head.rows)
-            entry["query_key_value"] = max(row.if_own for row in head.rows)
-        group = self._problem.q_heads // self._problem.kv_heads
-        return {
-            "norm": self._norm,
-            "item": whole.item,
-            "tight": whole.tight,
-            "naive": whole.naive,
-            "ratio": _ratio(whole.naive, whole.tight),
-            "worst_key": whole.worst_key,
-            "per_head": [{"head": i, "kv_head": i // group, **entry} for i in range(self._problem.q_heads)],
-            "sentences": list(whole.sentences),
-        }
-
-
-def _ratio(naive: float, tight: float) -> float:
-    return naive / tight if tight > 0 else 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
