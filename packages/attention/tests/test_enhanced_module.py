@@ -13,9 +13,10 @@ from dp_accounting import pld, rdp
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dpfa_attention import adaptive_clip
+from dpfa_attention import adaptive_clip, enhanced_module
 from dpfa_attention.enhanced_module import EnhancedDPFlashAttention, create_enhanced_dp_flash_attention
 from dpfa_attention.module import DPFlashAttention
+from dpfa_attention.projection import projected
 from dpfa_attention.release_paths import check_release_paths
 from dpfa_core.errors import BudgetExhausted, NotPrivateError, PrivacyParameterError
 from dpfa_core.events import Composed, DiscreteGaussian, Gaussian
@@ -351,7 +352,10 @@ def test_the_average_time_is_that_of_a_clock() -> None:
 # ---- speed
 
 
-def test_compiled_projections_have_the_same_output_and_gradients() -> None:
+def test_compiled_projections_have_the_same_output_and_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    # a compiler for C++ is not on every machine
+    compiled = torch.compile(projected, backend="aot_eager", fullgraph=True)
+    monkeypatch.setattr(enhanced_module, "_compiled_projections", lambda: compiled)
     plain = module(math.inf, upstream_gradients="allow", clip_norm=0.7)
     ours = module(math.inf, upstream_gradients="allow", clip_norm=0.7, compile_kernels=True)
     ours.load_state_dict(plain.state_dict())

@@ -241,7 +241,7 @@ class EnhancedDPFlashAttention(DPCheckpointedAttention):
     def _mechanism_and_accountant(self) -> tuple[str, str | None]:
         name, accountant = super()._mechanism_and_accountant()
         accountant = self._accountant or accountant
-        if accountant and getattr(self, "_clip_path", ()) and ACCOUNTANTS.create(accountant).supports(COUNT):
+        if accountant and self.__dict__.get("_clip_path") and ACCOUNTANTS.create(accountant).supports(COUNT):
             return name, None
         return name, accountant
 
