@@ -53,15 +53,18 @@ def clipped_gradients(
     kernels = load_backend(select("training", None, None, backend).name)
     found: list[tuple[dict[str, torch.Tensor], torch.Tensor]] = []
 
+    clipped_sums = ClippedSums(kernels, limits)
+
     def finish(tape: Tape) -> None:
         sums: dict[str, torch.Tensor] = {}
         ones = torch.ones(tape.rows)
-        norms = ClippedSums(kernels, limits).add(tape, sums, weights=ones, scale=1.0)
+        norms = clipped_sums.add(tape, sums, weights=ones, scale=1.0)
         found.append((sums, norms.square().sum(0).sqrt()))
 
     rows = _rows(batch)
     _survey(recording, per_sample_loss, batch, rows)
     tape = Tape(rows, finish)
+    clipped_sums.form_during(tape)
     with recording.to(tape, batch), torch.enable_grad():
         losses = per_sample_loss(module, batch)
         require(losses.shape == (rows,), f"per_sample_loss must return shape ({rows},)", tuple(losses.shape))

@@ -1,8 +1,7 @@
 """From a finished tape to clipped gradient sums: every sample's norm, its factor, and one weighted sum.
 
-A weight's gradient in each sample is formed where that is possible at all: a norm by itself, and a weighted sum
-after it, multiply twice as much. Samples go in blocks of bounded memory, and what is
-measured is exactly what is summed.
+A weight's gradient in each sample is formed where that is quickest (``forming``): during the backward where all
+of them fit, else afterwards, samples in blocks of bounded memory. What is measured is exactly what is summed.
 """
 
 from __future__ import annotations
@@ -13,14 +12,12 @@ from typing import Any
 
 import torch
 
+from dpfa_training.bare_notes import bare_notes
 from dpfa_training.clipping import Clipping
+from dpfa_training.forming import BLOCK, Forming, is_formed, shape_of
 from dpfa_training.pieces import add_joined, cut
 from dpfa_training.tape import Note, Tape
 from dpfa_training.units import joined
-
-BLOCK = 1 << 25
-"""Numbers of per-sample gradients held at a time, or one sample's if that is more: 128 MiB (two Intel cores,
-November 2026: at an eighth of it an encoder of 5 million weights needs 357 ms a batch instead of 183)."""
 
 
 class ClippedSums:
@@ -34,6 +31,12 @@ class ClippedSums:
     def __init__(self, backend: Any, clipping: Clipping) -> None:
         self.backend, self.clipping = backend, clipping
         self._memory: dict[str, torch.Tensor] = {}
+
+    def form_during(self, tape: Tape) -> None:
+        """Form gradients while the backward of `tape` runs, where its rows are samples."""
+        if "per_sample" not in self.backend.ops or self.clipping.cuts:
+            return
+        tape.forming = Forming(self.backend, lambda name, note: self._form(name, note, slice(None)))
 
     def add(
         self,
@@ -59,16 +62,22 @@ class ClippedSums:
             notes = {name: joined(note, units) for name, note in notes.items()}
             samples = int(units[-1]) + 1
             weights = weights.new_zeros(samples).scatter_(0, units, weights)  # alike within a unit
-        formed = {name: note for name, note in notes.items() if self._is_formed(note)}
-        others = {name: note for name, note in notes.items() if name not in formed}
+        to_form = {name: note for name, note in notes.items() if "per_sample" in self.backend.ops and is_formed(note)}
+        bare = bare_notes(notes, self.clipping)
+        others = {name: note for name, note in notes.items() if name not in to_form and note.kind != "bare"}
         squares = weights.new_zeros(len(self.clipping.thresholds), samples, dtype=torch.float64)
         for name, note in others.items():
             squares[self.clipping.group(name)] += self.backend.sqnorm(note.kind, note.saved).double()
+        for one in bare:
+            squares[one.group] += self.backend.sqnorm("bare", one.note.saved).double()
+        formed = {} if tape.forming is None else tape.forming.gradients
+        for name in formed:
+            squares[self.clipping.group(name)] += tape.forming.squares(name)
         weights = weights.to(squares)
         factors = torch.empty_like(squares)
-        for block in self._blocks(samples, formed):
-            gradients = {}
-            for name, note in formed.items():
+        for block in self._blocks(samples, to_form):
+            gradients = {name: gradient[block] for name, gradient in formed.items()}
+            for name, note in to_form.items():
                 gradient = gradients[name] = self._form(name, note, block)
                 # while the cache still has it
                 squares[self.clipping.group(name), block] += self.backend.sqnorm("bare", (gradient,)).double()
@@ -79,12 +88,15 @@ class ClippedSums:
                 if not bool(finite.all()):
                     gradient[~finite] = 0.0  # a factor of 0 would leave NaN
                 _accumulate(sums, name, gradient, own[self.clipping.group(name)])
-        if not formed:
-            factors = self.clipping.factors(squares.sqrt() * scale) * (scale * weights)
         finite = squares.isfinite().all(0)
         for name, note in others.items():
             kept = note if bool(finite.all()) else _without(note, finite)
             self._add(sums, name, kept, factors[self.clipping.group(name)].float())
+        for one in bare:
+            kept = one.note if bool(finite.all()) else _without(one.note, finite)
+            total = self.backend.clipped_grad("bare", kept.saved, factors[one.group].float())
+            for name, part in one.part(total).items():
+                sums[name] = part if name not in sums else sums[name].add_(part)
         if sums is not whole:
             add_joined(sums, self.clipping.cuts, whole)
         return squares.sqrt() * scale
@@ -97,32 +109,22 @@ class ClippedSums:
         else:
             sums[name] += self.backend.clipped_grad(note.kind, note.saved, factors)
 
-    def _is_formed(self, note: Note) -> bool:
-        return note.kind in ("linear", "tied") and "per_sample" in self.backend.ops and math.prod(_shape(note)) <= BLOCK
-
-    def _blocks(self, rows: int, formed: dict[str, Note]) -> list[slice]:
-        numbers = sum(math.prod(_shape(note)) for note in formed.values())
+    def _blocks(self, rows: int, to_form: dict[str, Note]) -> list[slice]:
+        numbers = sum(math.prod(shape_of(note)) for note in to_form.values())
         if not numbers:
-            return []
+            return [slice(0, rows)]
         step = -(-rows // -(-rows // max(1, BLOCK // numbers)))  # as even as can be
         return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
     def _form(self, name: str, note: Note, block: slice) -> torch.Tensor:
         saved = tuple(item[block] if isinstance(item, torch.Tensor) else item for item in note.saved)
-        count, shape = len(saved[0]), _shape(note)
+        count, shape = len(saved[0]), shape_of(note)
         memory = self._memory.get(name)
         if memory is None or memory.shape[1:] != shape or len(memory) < count:
             memory = torch.empty((count, *shape), dtype=torch.float32, device=saved[0].device)
             self._memory[name] = memory
         result: torch.Tensor = self.backend.per_sample_grad(note.kind, saved, out=memory[:count])
         return result
-
-
-def _shape(note: Note) -> tuple[int, int]:
-    """Of one sample's gradient."""
-    if note.kind == "tied":
-        return note.saved[2], note.saved[1].shape[-1]
-    return note.saved[1].shape[-1], note.saved[0].shape[-1]
 
 
 def _accumulate(sums: dict[str, torch.Tensor], name: str, gradient: torch.Tensor, factors: torch.Tensor) -> None:

@@ -220,7 +220,10 @@ class Engine:
             if self.draws is not None:
                 self.draws.clipped(rows, time.perf_counter() - started)
 
-        self.recording.start(Tape(rows, finish), (args, kwargs))
+        tape = Tape(rows, finish)
+        if batch.units is None:
+            self._clip_and_sum.form_during(tape)
+        self.recording.start(tape, (args, kwargs))
 
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
         if module is self.recording.module:

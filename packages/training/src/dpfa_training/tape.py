@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.utils import _pytree as pytree
@@ -21,6 +22,20 @@ class Note:
     saved: tuple[Any, ...]
 
 
+class Taking(Protocol):
+    """Deals with uses as they come, so that they need not be kept."""
+
+    gradients: dict[str, torch.Tensor]
+
+    def take(self, tape: Tape, parameter: str, note: Note) -> bool:
+        """Whether this use is dealt with; else it becomes a note."""
+        ...
+
+    def squares(self, parameter: str) -> torch.Tensor:
+        """(rows,) squared norms of what it has dealt with."""
+        ...
+
+
 @dataclass
 class Tape:
     """Notes of one forward and its one backward, over `rows` samples."""
@@ -29,6 +44,11 @@ class Tape:
     finish: Callable[[Tape], None]
     """Called once, when the backward pass that wrote the notes has ended."""
     notes: dict[str, list[Note]] = field(default_factory=dict)
+    forming: Taking | None = None
+    expected: Counter[str] = field(default_factory=Counter)
+    """Uses of a parameter that the forward saw and the backward has not reached."""
+    formed_sizes: dict[str, int] = field(default_factory=dict)
+    """Numbers of each parameter that is the weight of a matrix product."""
     begun: bool = False
     closed: bool = False
     on_begin: Callable[[], None] = lambda: None
@@ -43,6 +63,12 @@ class Tape:
         for leaf in pytree.tree_leaves(output):
             if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
                 leaf.register_hook(self._reached)  # type: ignore[no-untyped-call]
+
+    def expect(self, parameter: str, numbers: int = 0) -> None:
+        """The forward uses a parameter, as the weight of a matrix product where `numbers` is its size."""
+        self.expected[parameter] += 1
+        if numbers:
+            self.formed_sizes[parameter] = numbers
 
     def add(self, parameter: str, kind: str, *saved: Any) -> None:
         """Write down one use; the first dimension of every saved tensor must be the sample."""
@@ -59,7 +85,9 @@ class Tape:
                 )
         self._begin()
         plain = tuple(item.detach() if isinstance(item, torch.Tensor) else item for item in saved)
-        self.notes.setdefault(parameter, []).append(Note(kind, plain))
+        note = Note(kind, plain)
+        if self.forming is None or not self.forming.take(self, parameter, note):
+            self.notes.setdefault(parameter, []).append(note)
 
     def _reached(self, grad: torch.Tensor) -> None:
         self._begin()
@@ -78,6 +106,7 @@ class Tape:
             self.finish(self)
         finally:
             self.notes.clear()
+            self.forming = None
 
     def merged(self) -> Iterator[tuple[str, Note]]:
         """One note for each parameter; several uses are joined so that their cross terms count."""

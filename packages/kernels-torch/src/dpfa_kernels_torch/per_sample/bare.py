@@ -9,8 +9,8 @@ from torch import Tensor
 
 from dpfa_kernels_torch.per_sample.rule import Rule
 
-WIDEST = 64
-"""Numbers whose squares are summed in float32, with a margin of 2e-6 of the norm; sums of such sums are float64."""
+WIDEST = 128
+"""Numbers whose squares are summed in float32, with a margin of 4e-6 of the norm; sums of such sums are float64."""
 
 
 def sqnorm(saved: tuple[Any, ...], method: str) -> Tensor:

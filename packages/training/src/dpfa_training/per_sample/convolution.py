@@ -87,6 +87,8 @@ class _Convolve(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.where, ctx.groups, ctx.call = where, groups, call
         stride, padding, dilation = where
+        if call.to_weight is not None and groups == 1:
+            call.to_weight.expect(product=True)
         return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
 
     @staticmethod

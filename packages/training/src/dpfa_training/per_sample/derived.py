@@ -35,6 +35,10 @@ class Whole(Source):
         if tape is not None:
             tape.add(self.label, kind, *saved)
 
+    def expect(self, *, product: bool) -> None:
+        if self.uses.tape is not None:
+            self.uses.tape.expect(self.label, self.value.numel() if product else 0)
+
 
 class View(Source):
     """The numbers of another proxy in another shape or dtype."""
@@ -50,12 +54,18 @@ class View(Source):
 class _Cast(View):
     """Another proxy in another dtype."""
 
+    def expect(self, *, product: bool) -> None:
+        self.source.expect(product=product)
+
     def note(self, kind: str, *saved: Any) -> None:
         self.source.note(kind, *saved)
 
 
 class _Transposed(View):
     """A matrix with its dimensions exchanged."""
+
+    def expect(self, *, product: bool) -> None:
+        self.source.expect(product=product)
 
     def note(self, kind: str, *saved: Any) -> None:
         if kind == "linear":
@@ -69,6 +79,9 @@ class _Part(View):
     """Some rows of another proxy, from `start`."""
 
     start: int
+
+    def expect(self, *, product: bool) -> None:
+        self.source.expect(product=product)
 
     def note(self, kind: str, *saved: Any) -> None:
         after = self.source.value.shape[0] - self.start - self.value.shape[0]

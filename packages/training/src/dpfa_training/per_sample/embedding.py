@@ -89,6 +89,7 @@ class _Rows(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(ids)
         ctx.samples, ctx.rows, ctx.target, ctx.padding_idx = samples, rows, target, padding_idx
+        target.expect(product=False)
         return F.embedding(ids, weight)
 
     @staticmethod

@@ -105,6 +105,8 @@ class _Affine(torch.autograd.Function):
             x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
         ctx.save_for_backward(None if call.to_weight is None else x, weight)
         ctx.call = call
+        if call.to_weight is not None:
+            call.to_weight.expect(product=True)
         return F.linear(x, weight, bias)
 
     @staticmethod

@@ -60,6 +60,9 @@ class Proxy(torch.Tensor):
         """Write down one use; `saved` as for ``Backend.sqnorm``, gradients with respect to `value`."""
         raise NotImplementedError
 
+    def expect(self, *, product: bool) -> None:
+        """A forward uses it, in a matrix product or as a table; known where the note will be of that kind, too."""
+
     def derive(self, func: Any, args: Any, kwargs: Any, proxies: list[Any], plain: list[Tensor]) -> Any:
         """`func` of `proxies`, this one the first, and of constants: a proxy again, or a plain answer."""
         raise NotImplementedError
