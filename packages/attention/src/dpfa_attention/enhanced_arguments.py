@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -72,6 +73,31 @@ def accountant_named(composition_method: str | None) -> str | None:
     names = (None, "renyi", *first_party_accountants())
     one_of("composition_method", composition_method, names, 'None is the least valid bound, "renyi" is "rdp".')
     return "rdp" if composition_method == "renyi" else composition_method
+
+
+def refuse_noise_site(module: Any) -> None:
+    """Raises: PrivacyParameterError where noise on scores has no price, or values are declared for nothing."""
+    one_of("noise_site", module.noise_site, ("output", "scores"))
+    one_of("values", module.values, ("public", "private"))
+    if module.noise_site == "output":
+        require(
+            module.values == "private",
+            "values must be 'private' with noise_site='output', which covers them",
+            module.values,
+        )
+        return
+    planned = isinstance(module.noise_mechanism, str) and module.noise_structure is None
+    name = parts(resolve(module.noise_mechanism)[0])[0] if planned else "another one"
+    require(name == "gaussian", "noise_site='scores' needs gaussian noise without structure", name)
+    for what, good, got in (
+        ("setting='release'", module.setting == "release", module.setting),
+        ("unit='sequence'", module.unit == "sequence", module.unit),
+        ("a logit_bound", module.logit_bound is not None, module.logit_bound),
+        ("no head_epsilons", module.head_epsilons is None, module.head_epsilons),
+        ("checkpoint_gradients=False", not module.checkpoint_gradients, module.checkpoint_gradients),
+        ("a finite epsilon", math.isfinite(module.epsilon), module.epsilon),
+    ):
+        require(good, f"noise_site='scores' needs {what}", got)
 
 
 def refuse_unknown(kind: str, options: Iterable[str], own: Any) -> None:

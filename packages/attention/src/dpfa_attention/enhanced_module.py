@@ -15,11 +15,18 @@ from dpfa_attention import functional
 from dpfa_attention.adaptive_clip import Moved, shares
 from dpfa_attention.checkpointed_module import DPCheckpointedAttention
 from dpfa_attention.default_ledger import ledger_numbered, number_and_delta
-from dpfa_attention.enhanced_arguments import accountant_named, one_mechanism, refuse_unknown, structured
+from dpfa_attention.enhanced_arguments import (
+    accountant_named,
+    one_mechanism,
+    refuse_noise_site,
+    refuse_unknown,
+    structured,
+)
 from dpfa_attention.forward_timer import ForwardTimer, megabytes
 from dpfa_attention.options import STRUCTURES, resolve
 from dpfa_attention.problem import attention_problem
 from dpfa_attention.projection import projected
+from dpfa_attention.score_noise import attention_of_noised_scores
 from dpfa_attention.stats import PrivacyStats
 from dpfa_attention.tensor_release import tensor_mechanism
 from dpfa_core.checks import require
@@ -58,6 +65,9 @@ class EnhancedDPFlashAttention(DPCheckpointedAttention):
             the median of the records' norms before the release; the noise follows the clip. Without it both are
             constant.
         dropout: on the weights, in training; a release refuses it.
+        noise_site: "scores" puts the noise on the bounded scores, of which the values are no part: such a call costs an
+            infinite epsilon unless values="public" declares that they hold no part of a record. It needs a
+            `logit_bound`, unit="sequence" and Gaussian noise without structure.
         compile_kernels: the projections run through ``torch.compile``; the release is an operator that a compiler
             leaves as it is. Of a release only.
         checkpoint_gradients, segments: as in ``DPCheckpointedAttention``.
@@ -89,6 +99,8 @@ class EnhancedDPFlashAttention(DPCheckpointedAttention):
         sensitivity_analysis: bool = True,
         adaptive_noise: bool = False,
         dropout: float = 0.0,
+        noise_site: Literal["output", "scores"] = "output",
+        values: Literal["public", "private"] = "private",
         compile_kernels: bool = False,
         checkpoint_gradients: bool = False,
         segments: int = 1,
@@ -140,6 +152,8 @@ class EnhancedDPFlashAttention(DPCheckpointedAttention):
             compile_kernels,
             "Compile the model there.",
         )
+        self.noise_site, self.values = noise_site, values
+        refuse_noise_site(self)
         self.composition_method, self.compile_kernels = composition_method, compile_kernels
         self.sensitivity_analysis = sensitivity_analysis
         self._init_research_components()
@@ -164,6 +178,11 @@ class EnhancedDPFlashAttention(DPCheckpointedAttention):
         Raises: PrivacyParameterError where there is no budget of a call to share.
         """
         require(isinstance(enabled, bool), "enabled must be True or False", enabled)
+        require(
+            not enabled or self.noise_site == "output",
+            "adaptive noise moves the clip of values, so noise_site must be 'output'",
+            self.noise_site,
+        )
         require(not enabled or self.setting == "release", 'adaptive noise belongs to setting="release"', self.setting)
         require(
             not enabled or (math.isfinite(self.epsilon) and self.delta > 0),
@@ -228,6 +247,8 @@ class EnhancedDPFlashAttention(DPCheckpointedAttention):
             "clip_norm",
             "logit_bound",
             "noise_structure",
+            "noise_site",
+            "values",
             "composition_method",
             "sensitivity_analysis",
             "adaptive_noise",
@@ -257,6 +278,8 @@ class EnhancedDPFlashAttention(DPCheckpointedAttention):
     ) -> tuple[Tensor, PrivacyStats]:
         if self.sensitivity_analysis:
             self._last_problem = self._problem(q, k, v, causal=causal, lengths=lengths)
+        if self.noise_site == "scores":
+            return self._of_noised_scores(q, k, v, causal=causal, lengths=lengths)
         if not self.adaptive_noise:
             return super()._released(q, k, v, causal=causal, lengths=lengths, **more)
         (epsilon, delta), rest = shares(self.epsilon, self.delta)
@@ -278,6 +301,28 @@ class EnhancedDPFlashAttention(DPCheckpointedAttention):
             more["epsilon"] = rest[0]
         out, stats = super()._released(q, k, v, causal=causal, lengths=lengths, delta=rest[1], **more)
         return out, self._of_both(stats, moved)
+
+    def _of_noised_scores(
+        self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, lengths: tuple[tuple[int, int], ...]
+    ) -> tuple[Tensor, PrivacyStats]:
+        asked = self._asked()
+        out, stats = attention_of_noised_scores(
+            q,
+            k,
+            v,
+            dataclasses.replace(self._spec(), epsilon=asked["epsilon"]),
+            values=self.values,
+            logit_bound=asked["logit_bound"],
+            mechanism=asked["mechanism"],
+            causal=causal,
+            window_size=asked["window_size"],
+            lengths=lengths,
+            backend=self.backend,
+            seed=self.seed,
+            ledger=number_and_delta(self._calls.given)[0],
+        )
+        self._calls.add(stats.event_id)
+        return out, stats
 
     def _of_both(self, stats: PrivacyStats, moved: Moved) -> PrivacyStats:
         together = math.nextafter(stats.epsilon_spent + moved.epsilon, math.inf)

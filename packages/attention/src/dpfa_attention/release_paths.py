@@ -17,6 +17,7 @@ from dpfa_attention import functional
 from dpfa_attention.adaptive_clip import Moved
 from dpfa_attention.terms import Terms, agreed
 from dpfa_core.ledger import Ledger
+from dpfa_core.spec import PrivacySpec
 
 MASKS = ("attention_mask", "attn_mask", "key_padding_mask")
 """Inputs that are public unless said otherwise: masks are equal for neighbours (PRIVACY P1)."""
@@ -169,7 +170,8 @@ def _written(func: Any, name: str, args: tuple[Any, ...], kwargs: Mapping[str, A
 def _releases_end_paths(trace: _Trace) -> Iterator[None]:
     """In here a release is zeros that depend on nothing, and goes to a ledger that is thrown away."""
     names, here = vars(functional), threading.get_ident()
-    release, draw, moved_clip = names["release"], names["draw"], names["moved_clip"]
+    before = {name: names[name] for name in ("release", "draw", "moved_clip", "ledger_numbered")}
+    release, draw, moved_clip, ledger_numbered = before.values()
     scratch: list[Ledger] = []
 
     def ends(q: Tensor, k: Tensor, v: Tensor, ticket: Tensor, *values: Any) -> Tensor:
@@ -197,11 +199,18 @@ def _releases_end_paths(trace: _Trace) -> Iterator[None]:
             return counted
         return Moved(clip_norm, 0.0, 0.0, "")
 
-    names |= {"release": ends, "draw": uncharged, "moved_clip": unmoved}
+    def thrown_away(number: int, spec: PrivacySpec) -> Ledger:
+        if threading.get_ident() != here:
+            kept: Ledger = ledger_numbered(number, spec)
+            return kept
+        scratch.append(Ledger.memory(unit=spec.unit, relation=spec.relation))
+        return scratch[-1]
+
+    names |= {"release": ends, "draw": uncharged, "moved_clip": unmoved, "ledger_numbered": thrown_away}
     try:
         yield
     finally:
-        names |= {"release": release, "draw": draw, "moved_clip": moved_clip}
+        names |= before
 
 
 def _outside(module: nn.Module, result: Any, trace: _Trace, kept: Mapping[str, Tensor]) -> Iterator[LeakingPath]:

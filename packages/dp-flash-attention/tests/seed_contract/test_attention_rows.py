@@ -142,6 +142,14 @@ def test_adaptation_is_charged_and_without_it_the_noise_is_constant() -> None:
     assert len(list(moving._calls.ledger.releases())) == 2
 
 
+def test_noise_on_scores_costs_everything_unless_values_are_public() -> None:
+    options = {"noise_site": "scores", "mechanism": "gaussian", "logit_bound": 1.0}
+    x, memory = words(2, 5, E), words(2, 7, E, seed=1)
+    assert enhanced(**options)(x, memory, memory, return_privacy_stats=True)[1].epsilon_spent == math.inf
+    public = enhanced(**options, values="public")
+    assert public(x, memory, memory, return_privacy_stats=True)[1].epsilon_spent <= 1.0
+
+
 def test_budgets_of_heads_clip_dropout_dtype_and_device() -> None:
     module = EnhancedDPFlashAttention(
         64, 4, 3.0, DELTA, head_epsilons=[0.5, 1.0] * 2, max_grad_norm=0.8, dropout=0.0, dtype=torch.float16,
