@@ -217,7 +217,7 @@ def masks(S: int) -> dict[str, Tensor]:
         "padding, additive": torch.zeros(2, 1, 1, S).masked_fill(~padding[:, None, None], -math.inf),
         "causal": diagonal,
         "causal, finite": torch.zeros(S, S).masked_fill(~diagonal, -1e9)[None, None],
-        "nothing to see": torch.zeros(2, 1, S, S, dtype=torch.bool),
+        "nothing to see in one row": torch.tensor([True, False])[:, None, None, None].expand(2, 1, S, S),
     }
 
 

@@ -1,10 +1,11 @@
-"""Does a plan add the noise that its mechanism's event is priced by?"""
+"""Does a plan add the noise that its mechanism's event is priced by, and can the output hold it?"""
 
 from __future__ import annotations
 
 import dataclasses
 
 from dpfa_attention.sampler_end import even
+from dpfa_core.checks import require
 from dpfa_core.errors import PluginError, PrivacyParameterError
 from dpfa_core.registry import Entry
 from dpfa_core.spec import AttentionProblem, NoisePlan, PrivacySpec, Sensitivity
@@ -15,6 +16,11 @@ from dpfa_mechanisms.sparse import rescaled
 
 AGREEMENT = 1e-9
 """Two correct numbers of one release differ by less than this, relative or absolute."""
+
+LARGEST_FLOAT16 = 65504.0
+
+REACH = {"gaussian": 8.0, "discrete_gaussian": 8.0, "laplace": 34.0}
+"""In scales: noise is smaller than this but for one number in 10**14."""
 
 
 def check_structure(entry: Entry, plan: NoisePlan, problem: AttentionProblem) -> None:
@@ -66,6 +72,25 @@ def check_plan(
             f"more, as it says, got rows and heads that together have {found:.9g}; nothing was released. Correct "
             "the plugin."
         )
+
+
+def check_range(plan: NoisePlan, problem: AttentionProblem) -> None:
+    """float16, which ends at 65504, holds the noised output.
+
+    Raises: PrivacyParameterError.
+    """
+    if problem.dtype != "float16" or problem.clip_norm is None or plan.distribution not in REACH:
+        return
+    parameters = {} if plan.structure is None else dict(plan.structure.parameters)
+    stretched = 1.0 - parameters["sparsity"] if parameters.get("rescale") else 1.0
+    scale, reach = max(plan.head_scale) * max(plan.row_scale), REACH[plan.distribution]
+    largest = problem.clip_norm / stretched + reach * scale
+    require(
+        largest <= LARGEST_FLOAT16,
+        f"clip_norm and {reach:g} scales of the noise must add up to {LARGEST_FLOAT16:g}, float16's largest number",
+        float(f"{largest:.4g}"),
+        "Lower clip_norm, raise epsilon, or release in bfloat16.",
+    )
 
 
 def moved(value: float, plan: NoisePlan, problem: AttentionProblem) -> float:

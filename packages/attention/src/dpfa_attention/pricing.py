@@ -10,7 +10,7 @@ from functools import lru_cache
 
 from dpfa_accounting.calibration import calibrate_noise_multiplier
 from dpfa_attention.head_budgets import HeadBudgets, head_budgets
-from dpfa_attention.plan_checks import AGREEMENT, check_plan, check_structure
+from dpfa_attention.plan_checks import AGREEMENT, check_plan, check_range, check_structure
 from dpfa_attention.sampler_end import cost_of_end, samplers
 from dpfa_core.checks import positive, require
 from dpfa_core.contracts import Mechanism
@@ -143,6 +143,7 @@ def priced_release(
     )
     check_structure(entry, plan, problem)
     check_plan(entry, plan, noise_multiplier, bound, spec, problem)
+    check_range(plan, problem)
     lifetime = max(spec.delta, lifetime_delta)
     end = EpsilonDelta(0.0, cost_of_end(plan, problem, bound, noise_multiplier=noise_multiplier, delta=lifetime))
     scale = max(plan.head_scale) * max(plan.row_scale)

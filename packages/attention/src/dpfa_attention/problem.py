@@ -11,6 +11,8 @@ from torch import Tensor
 
 from dpfa_core.checks import require
 from dpfa_core.spec import AttentionProblem
+from dpfa_mechanisms.sensitivity import different_rows
+from dpfa_mechanisms.visible import Visible
 
 DTYPES = {
     torch.float32: "float32",
@@ -37,7 +39,7 @@ def attention_problem(
 
     Args: `mask`, bool [S, Sk], True = visible, the same for every batch row and head and for neighbours; what
     causal or window hide stays hidden; `lengths`, (queries, keys) of each batch row of a padded batch.
-    Raises: PrivacyParameterError naming the tensor and what it should have been.
+    Raises: PrivacyParameterError naming the tensor and what it should have been, or if every key is hidden.
     """
     for name, x in (("q", q), ("k", k), ("v", v)):
         require(
@@ -63,7 +65,7 @@ def attention_problem(
         "Query head h uses key head h // (H / Hk).",
     )
     require(isinstance(causal, bool), "causal must be True or False", causal)
-    return AttentionProblem(
+    problem = AttentionProblem(
         batch=B,
         q_len=S,
         kv_len=Sk,
@@ -80,6 +82,17 @@ def attention_problem(
         dtype=DTYPES[q.dtype],
         device=_architecture(q.device),
     )
+    # without a mask, the last query of a batch row sees the last key, whatever causal and window hide
+    seen = any(all(pair) for pair in lengths) if lengths else True
+    if mask is not None:
+        seen = any(bool(Visible.of(problem, row).counts.any()) for row in different_rows(problem))
+    require(
+        seen,
+        "at least one query must see a key",
+        "lengths or a mask that hide every key",
+        "Leave out a call that has nothing to attend to.",
+    )
+    return problem
 
 
 def packed_mask(mask: Tensor, q_len: int, kv_len: int) -> bytes:
