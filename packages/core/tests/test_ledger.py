@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from dpfa_core import spending
 from dpfa_core.errors import BudgetExhausted, LedgerError, PluginError, PrivacyParameterError
 from dpfa_core.events import Gaussian, Laplace, NonPrivate, PoissonSampled, SelfComposed
 from dpfa_core.ledger import Ledger
@@ -257,16 +258,22 @@ def test_other_writers_need_not_wait_while_a_refusal_is_explained(path: Path, mo
         assert lines(one) == [(Gaussian(1.0), 1)]
 
 
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The accountants that are asked for a bound, one by one."""
+    asked: list[str] = []
+    original = spending.upper_bound
+
+    def counting(name: str, *arguments: Any) -> float:
+        asked.append(name)
+        return original(name, *arguments)
+
+    monkeypatch.setattr(spending, "upper_bound", counting)
+    return asked
+
+
 @pytest.mark.usefixtures("accountant_folder")
 def test_a_long_run_is_priced_rarely_and_ends_exactly_at_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-    original = Ledger.memory.__func__.__globals__["within"]  # type: ignore[attr-defined]
-
-    def counting(*arguments: Any) -> bool:
-        asked.append(1)
-        return bool(original(*arguments))
-
-    monkeypatch.setattr("dpfa_core.ledger.within", counting)
+    asked = counted(monkeypatch)
     ledger = Ledger.memory(delta=1e-5, budget=1000.0)
     for _ in range(1000):
         ledger.record(Gaussian(1.0), **LINE)
@@ -274,6 +281,51 @@ def test_a_long_run_is_priced_rarely_and_ends_exactly_at_the_budget(monkeypatch:
         ledger.record(Gaussian(1.0), **LINE)
     assert ledger.spent() == 1000.0
     assert len(asked) < 150
+
+
+@pytest.mark.usefixtures("accountant_folder")
+def test_events_that_differ_are_priced_once_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = counted(monkeypatch)
+    ledger = Ledger.memory(delta=1e-5, budget=1000.0)
+    for number in range(20):
+        ledger.record(Gaussian(1.0 + number), **LINE)
+    assert len(asked) == 20
+
+
+PRICED = """
+class Book:
+    contract_version, name, bound = 1, {name!r}, "upper"
+    def __init__(self): self.total = 0.0
+    def supports(self, event): return ()
+    def compose(self, event, count=1):
+        self.total += count * {price} / event.noise_multiplier
+        return self
+    def epsilon(self, delta): return self.total
+    def delta(self, epsilon): return 0.0
+    def state(self): return {{}}
+    @classmethod
+    def from_state(cls, state): return cls()
+"""
+
+
+def test_only_the_accountant_that_admitted_looks_ahead_and_the_budget_is_still_used_up(
+    plugins: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prices = {"gdp": 1.0, "pld": 0.5}
+    sources = {f"a_{name}": PRICED.format(name=name, price=price) for name, price in prices.items()}
+    plugins.add("dpfa-accounting", "accountants", {name: f"a_{name}:Book" for name in prices}, sources)
+    asked = counted(monkeypatch)
+    ledger = Ledger.memory(delta=1e-5, budget=100.0)
+    for _ in range(100):
+        ledger.record(Gaussian(1.0), **LINE)
+    # gdp shows these to fit; nobody asks pld, whose bound is lower and whose time is long
+    assert asked
+    assert set(asked) == {"gdp"}
+    for _ in range(100):
+        ledger.record(Gaussian(1.0), **LINE)
+    assert ledger.spent() == 100.0
+    with pytest.raises(BudgetExhausted):
+        ledger.record(Gaussian(1.0), **LINE)
 
 
 @pytest.mark.usefixtures("accountant_folder")

@@ -29,7 +29,7 @@ from dpfa_core.events import Event
 from dpfa_core.plugin_names import parts
 from dpfa_core.registry import BACKENDS, MECHANISMS, Registry
 from dpfa_core.spec import RELATIONS, UNITS, Relation, Unit
-from dpfa_core.spending import spending, upper_bound, within
+from dpfa_core.spending import admitting, shows, spending, upper_bound, within
 
 SCHEMA_VERSION = 1
 PATIENCE = 30.0
@@ -123,6 +123,7 @@ class Ledger:
         self._database: sqlite3.Connection | None = None
         self._closed = False
         self._cleared: tuple[int, Event, int] | None = None  # (sequence, event, how many more fit)
+        self._latest: Event | None = None  # what was priced last: a second one of its kind begins a run
         self.number = secrets.randbits(62) + 1
         """Stands for this object where only numbers can be kept, as in a traced graph; another one in each process."""
         with _LOCK:
@@ -226,7 +227,7 @@ class Ledger:
         integer("count", count, least=1)
         self._check_relation(event)
         with self._refusing(event, count), self._write() as connection:
-            last = self._admit(connection, event, count)
+            last, _ = self._admit(connection, event, count)
             self._cleared = (last, event, count)
 
     def releases(self) -> Iterator[Release]:
@@ -416,22 +417,28 @@ class Ledger:
         if self._cleared is not None and self._cleared[:2] == (last, event) and self._cleared[2] >= count:
             self._cleared = (last + 1, event, self._cleared[2] - count)
             return
-        self._admit(connection, event, count)
-        spent, delta = tuple(self.events()), self._delta(None)
-        # Pricing is slow and equal events come in long runs: look ahead in powers of two, so that a run of
-        # T releases is priced about log T times. Another writer's line changes `last` and voids it.
+        run = self._latest == event
+        _, accountant = self._admit(connection, event, count)
         ahead = 1
-        while ahead < 2**20 and within((*spent, (event, count + ahead)), delta, self.budget):
-            ahead *= 2
-        self._cleared = (last + 1, event, ahead // 2)
+        if run:
+            # Pricing is slow and equal events come in long runs: look ahead in powers of two, so that a run of
+            # T releases is priced about log T times. Another writer's line changes `last` and voids it. Who admitted
+            # is asked alone: another accountant's bound may be a little lower, and takes seconds each time.
+            spent, delta = tuple(self.events()), self._delta(None)
+            while ahead < 2**20 and shows(accountant, (*spent, (event, count + ahead)), delta, self.budget):
+                ahead *= 2
+        self._cleared, self._latest = (last + 1, event, ahead // 2), event
 
-    def _admit(self, connection: sqlite3.Connection, event: Event, count: int) -> int:
-        """Raise unless `count` more of `event` fit the budget; returns the last line's number."""
+    def _admit(self, connection: sqlite3.Connection, event: Event, count: int) -> tuple[int, str]:
+        """Raise unless `count` more of `event` fit the budget; (the last line's number, the accountant that admits)."""
+        accountant = ""
         if self.budget is not None:
             spent = tuple(self.events())
-            if not within((*spent, (event, count)), self._delta(None), self.budget):
+            found = admitting((*spent, (event, count)), self._delta(None), self.budget)
+            if found is None:
                 raise _OverBudgetError(spent)
-        return _last_sequence(connection)
+            accountant = found
+        return _last_sequence(connection), accountant
 
 
 class _OverBudgetError(Exception):

@@ -76,16 +76,24 @@ def remarks(accountant: str, events: Iterable[tuple[Event, int]]) -> tuple[str, 
     return tuple(dict.fromkeys(str(remark) for event, _ in events for remark in ask(event)))
 
 
+def admitting(events: Iterable[tuple[Event, int]], delta: float, budget: float) -> str | None:
+    """The first accountant, cheapest first, that shows `events` to stay within `budget`; None where none does."""
+    events = tuple(events)
+    return next((name for name in _accountants() if shows(name, events, delta, budget)), None)
+
+
+def shows(accountant: str, events: tuple[tuple[Event, int], ...], delta: float, budget: float) -> bool:
+    """Whether one accountant shows that `events` stay within `budget`."""
+    try:
+        return upper_bound(accountant, events, delta) <= budget
+    except DPFAError:
+        return False
+
+
 def within(events: Iterable[tuple[Event, int]], delta: float, budget: float) -> bool:
     """Whether some accountant shows that `events` stay within `budget`; stops at the first that does."""
     events = tuple(events)
-    for name in _accountants():
-        try:
-            if upper_bound(name, events, delta) <= budget:
-                return True
-        except DPFAError:
-            continue
-    return not events
+    return admitting(events, delta, budget) is not None or not events
 
 
 def _accountants() -> tuple[str, ...]:
