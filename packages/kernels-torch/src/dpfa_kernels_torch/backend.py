@@ -20,7 +20,7 @@ from dpfa_kernels_torch.attention import (
     cleaned_inputs_backward,
 )
 from dpfa_kernels_torch.epilogue import epilogue
-from dpfa_kernels_torch.noise.discrete_noise import LARGEST
+from dpfa_kernels_torch.noise.discrete_noise import DISCRETE_LAYOUTS, LARGEST
 from dpfa_kernels_torch.noise.draw import TRANSFORMS
 from dpfa_kernels_torch.noise.layout import LAYOUTS, RELEASE_FIELDS
 from dpfa_kernels_torch.noise.training_noise import add_training_noise_
@@ -66,11 +66,15 @@ class TorchBackend:
     def counter_layout(self, op: str, *, generator: str = "chacha20", transform: str | None = None) -> CounterLayout:
         """The counter map of "release", "privatize" (the same) or "training".
 
-        Args: transform: "bm32" or "bm64"; by default bm32 for releases, bm64 for training.
+        Args: transform: "bm32", "bm64", or "discrete" for discrete Gaussian noise; by default bm32 for releases, bm64
+        for training.
         """
         one_of("op", op, sorted(self.ops))
         require(op != "per_sample", "op must be one that draws noise", op)
         purpose = "training" if op == "training" else "release"
+        if transform == "discrete" and purpose == "release":
+            one_of("generator", generator, list(DISCRETE_LAYOUTS))
+            return DISCRETE_LAYOUTS[generator]
         chosen = (purpose, generator, transform or ("bm64" if op == "training" else "bm32"))
         one_of("(purpose, generator, transform)", chosen, list(LAYOUTS))
         return LAYOUTS[chosen]

@@ -9,7 +9,9 @@ import torch
 
 from dpfa_core.contracts import CounterLayout, NoiseKey
 from dpfa_core.errors import PrivacyParameterError
+from dpfa_kernels_torch import TorchBackend
 from dpfa_kernels_torch.noise.chacha import chacha20
+from dpfa_kernels_torch.noise.discrete_noise import DISCRETE_LAYOUTS
 from dpfa_kernels_torch.noise.layout import LAYOUTS, evaluate, release_counts
 from dpfa_kernels_torch.noise.normal import bm32, bm64
 from dpfa_kernels_torch.noise.philox import philox4x32
@@ -45,6 +47,45 @@ def test_training_layout_is_injective(generator: str) -> None:
     axes = torch.meshgrid(torch.arange(3), torch.arange(4), torch.arange(257), indexing="ij")
     coordinates = dict(zip(("parameter", "step", "element"), axes, strict=True))
     assert counted(LAYOUTS["training", generator, "bm64"], coordinates, {}) == 3 * 4 * 257
+
+
+def test_the_exported_discrete_layouts_are_what_runs_and_are_injective(backend: TorchBackend) -> None:
+    for generator, attempts in (("chacha20", 3), ("philox4x32-10", 12)):
+        layout = backend.counter_layout("release", generator=generator, transform="discrete")
+        assert layout is DISCRETE_LAYOUTS[generator]
+        for S, D in ((17, 1), (5, 33), (3, 80)):
+            axes = torch.meshgrid(*(torch.arange(n) for n in (2, 2, 3, S, D, attempts)), indexing="ij")
+            names = ("release", "batch", "head", "row", "column", "attempt")
+            coordinates = dict(zip(names, axes, strict=True))
+            words = torch.broadcast_tensors(*evaluate(layout, coordinates, {"H": 3, "D": D})[0])
+            assert len(torch.stack(words, -1).reshape(-1, 4).unique(dim=0)) == axes[0].numel()
+    with pytest.raises(PrivacyParameterError, match="must be one of"):
+        backend.counter_layout("training", transform="discrete")
+
+
+def blocks_used(generator: str, kind: str, release: int) -> torch.Tensor:
+    """The counters [n, 4] of all blocks that one release takes from its key."""
+    B, H, S, D = 2, 3, 19, 35
+    c = grid(B, H, S, D)
+    c["release"] = c["release"] + release
+    if kind == "discrete":
+        attempts = torch.arange(6)
+        c = {name: axis[..., None] for name, axis in c.items()} | {"attempt": attempts}
+        words, _ = evaluate(DISCRETE_LAYOUTS[generator], c, {"H": H, "D": D})
+    else:
+        words, _ = evaluate(LAYOUTS["release", generator, kind], c, release_counts(H, D))
+    return torch.stack(torch.broadcast_tensors(*words), -1).reshape(-1, 4).unique(dim=0)
+
+
+@pytest.mark.parametrize("generator", GENERATORS)
+def test_releases_of_one_key_share_no_counter_whatever_noise_they_add(generator: str) -> None:
+    kinds, numbers = ("bm32", "bm64", "discrete"), (0, 1, 2, 3, 2**16, 2**31, 2**32 - 3, 2**32 - 2, 2**32 - 1)
+    used = [blocks_used(generator, kind, release) for kind, release in zip(3 * kinds, numbers, strict=True)]
+    together = torch.cat(used)
+    assert len(together.unique(dim=0)) == len(together)
+    # it is the number of the release that keeps them apart: with one number, two kinds of noise would meet
+    shared = torch.cat([blocks_used(generator, kind, 5) for kind in kinds])
+    assert len(shared.unique(dim=0)) < len(shared)
 
 
 def test_injectivity_check_sees_a_forgotten_row_bit() -> None:

@@ -60,6 +60,10 @@ PHILOX_DISCRETE = CounterLayout(
 )
 
 
+DISCRETE_LAYOUTS = {"chacha20": CHACHA_DISCRETE, "philox4x32-10": PHILOX_DISCRETE}
+"""Generator to layout. The count that strides name beside ``H`` is ``D``, of columns."""
+
+
 def discrete_noise(problem: AttentionProblem, plan: NoisePlan, key: NoiseKey) -> Tensor:
     """Independent integers k with probability proportional to exp(-k**2 / (2 s**2)), s = scale / grid.
 
@@ -105,10 +109,11 @@ def attempt_words(key: NoiseKey, left: dict[str, Tensor], attempt: int, counts: 
         first, second, third, fourth = evaluate(layout, fields, counts)[0]
         return first, second, third, fourth
 
+    layout = DISCRETE_LAYOUTS[key.generator]
     if key.generator == "philox4x32-10":
         words = from_uint32(key.words)
-        return torch.cat([philox4x32(counter(PHILOX_DISCRETE, 4 * attempt + i), words) for i in range(4)], dim=-1)
-    place = counter(CHACHA_DISCRETE, attempt)
+        return torch.cat([philox4x32(counter(layout, 4 * attempt + i), words) for i in range(4)], dim=-1)
+    place = counter(layout, attempt)
     if attempt == 0 and release.device.type == "cpu":
         return _consecutive(key, *place)
     return chacha20(from_uint32(key.words), place)
