@@ -23,11 +23,12 @@ from dpfa_core.ledger import Ledger
 from dpfa_core.selection import backend as load_backend
 from dpfa_core.selection import select
 from dpfa_kernels_torch.noise.keys import KeySource
-from dpfa_training import guard
+from dpfa_training import guard, loss_check
 from dpfa_training.adaptive_clipping import COUNT, COUNT_PARAMETER, MovingThreshold, QuantileClipping
 from dpfa_training.charges import Charges
 from dpfa_training.clipped_sums import ClippedSums
 from dpfa_training.clipping import Clipping
+from dpfa_training.loss_check import LossCheck
 from dpfa_training.plan import TrainingPlan
 from dpfa_training.recording import Recording
 from dpfa_training.sampling import Draws, PhysicalBatch
@@ -38,8 +39,8 @@ from dpfa_training.threshold_groups import clipping_for
 NOT_COVERED = (
     "Loss, accuracy, gradient norms and clip fractions seen during training are functions of the private "
     "data; they are not covered by epsilon.",
-    "The loss is assumed to be a mean (or sum) over rows of terms that depend on their own row only, where "
-    "the module does not compute it itself.",
+    "Labels, masks, weights and other numbers without a gradient that enter the loss are assumed to be, row by row, "
+    "the row's own; the loss is checked to keep the rows of the module's output apart.",
     "Noise is drawn in floating point (53-bit radius); the finite tail and the rounding of the noised "
     "sum are not part of epsilon.",
 )
@@ -92,6 +93,9 @@ class Engine:
         self._draw: int | None = None
         """The draw that ``_sums`` belongs to."""
         self._forwarded = self._clipped = self._stepped = False
+        self._loss = LossCheck(plan.reduction)
+        self._tape: Tape | None = None
+        loss_check.install()
         _check_optimizer(self.recording, optimizer)
         guard.watch(self, self.recording.parameters.values())
         self._hooks = (
@@ -119,6 +123,7 @@ class Engine:
         """Give the module back to ordinary training; what was spent stays in the ledger."""
         for hook in self._hooks:
             hook.remove()
+        self._loss.forget()
         self.recording.stop()
         guard.release(self.recording.parameters.values())
 
@@ -206,6 +211,7 @@ class Engine:
         if module is not self.recording.module:
             return
         self.recording.stop()  # a backward that failed may have left its proxies behind
+        self._loss.forget()
         if not (module.training and torch.is_grad_enabled()):
             return
         rows = _rows(args, kwargs)
@@ -220,14 +226,17 @@ class Engine:
             if self.draws is not None:
                 self.draws.clipped(rows, time.perf_counter() - started)
 
-        tape = Tape(rows, finish)
+        self._tape = Tape(rows, finish)
         if batch.units is None:
-            self._clip_and_sum.form_during(tape)
-        self.recording.start(tape, (args, kwargs))
+            self._clip_and_sum.form_during(self._tape)
+        self.recording.start(self._tape, (args, kwargs))
 
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
         if module is self.recording.module:
             self.recording.recorded(output)
+            tape, self._tape = self._tape, None
+            if tape is not None:
+                self._loss.expect(output, tape.rows, tape.hold)
 
     def _current_batch(self, rows: int) -> PhysicalBatch:
         if self.plan.sampling == "none":
@@ -250,6 +259,11 @@ class Engine:
     # ---- backward
 
     def _clip(self, tape: Tape, batch: PhysicalBatch) -> None:
+        if not self._loss.passed:
+            raise NotPrivateError(
+                "the loss must go backward by loss.backward() or torch.autograd.backward, where it can be looked at, "
+                "got another way; call loss.backward()."
+            )
         scale = tape.rows if self.plan.reduction == "mean" else 1
         norms = self._clip_and_sum.add(tape, self._sums, weights=batch.weights, scale=float(scale), units=batch.units)
         self.non_finite_samples += int((~norms.isfinite().all(0)).sum())

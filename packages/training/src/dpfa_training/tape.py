@@ -51,6 +51,8 @@ class Tape:
     """Numbers of each parameter that is the weight of a matrix product."""
     begun: bool = False
     closed: bool = False
+    held: bool = False
+    """Whether what arrives belongs to a look at the loss and not to its backward."""
     on_begin: Callable[[], None] = lambda: None
     on_end: Callable[[], None] = lambda: None
 
@@ -72,6 +74,8 @@ class Tape:
 
     def add(self, parameter: str, kind: str, *saved: Any) -> None:
         """Write down one use; the first dimension of every saved tensor must be the sample."""
+        if self.held:
+            return
         if self.closed:
             raise NotPrivateError(
                 f"one backward per forward is supported, got a second one through {parameter!r}; add the "
@@ -92,8 +96,12 @@ class Tape:
     def _reached(self, grad: torch.Tensor) -> None:
         self._begin()
 
+    def hold(self, held: bool) -> None:
+        """Take no notes, or take them again."""
+        self.held = held
+
     def _begin(self) -> None:
-        if not self.begun:
+        if not (self.begun or self.held):
             self.begun = True
             # Autograd's own end-of-backward callback, the one that distributed wrappers use.
             torch.autograd.Variable._execution_engine.queue_callback(self._end)
