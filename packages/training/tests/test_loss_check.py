@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from dpfa_core.errors import NotPrivateError
@@ -311,6 +312,59 @@ def test_fault_3_a_mean_over_tokens_inside_the_module_is_refused_also_after_the_
                     b[0, 3:] = -100
                 module(a, b)["loss"].backward()
                 optimizer.step()
+
+
+class OnlyLoss(Tagger):
+    """Returns the mean of its rows' losses, and what its row dimension is not the first of."""
+
+    def forward(self, ids: Tensor, y: Tensor) -> dict[str, Tensor]:
+        out = super().forward(ids)
+        return {"loss": tokens(out, y).mean(1).mean(), "tokens first": out.sin().transpose(0, 1)}
+
+
+@pytest.mark.parametrize(
+    ("of", "reason"),
+    [
+        (lambda found: found["loss"] / 2, None),
+        (lambda found: found["loss"].exp(), "Exp of a sum over rows"),
+        (lambda found: found["loss"].square() / 2, "Pow of a sum over rows"),
+        (lambda found: found["loss"] * found["loss"].detach(), "a tensor of one number"),
+        (lambda found: found["tokens first"].square().mean(), "does not have one row per sample"),
+        (lambda found: found["loss"] + found["tokens first"].mean(), "does not have one row per sample"),
+    ],
+)
+def test_what_the_loop_makes_of_a_modules_own_loss_must_stay_linear(of, reason) -> None:
+    module, optimizer, loader = attached(labels(padded=False), OnlyLoss())
+    with contextlib.nullcontext() if reason is None else pytest.raises(NotPrivateError, match=reason):
+        for a, b in loader.draws(3):
+            of(module(a, b)).backward()
+            optimizer.step()
+
+
+def test_a_validation_between_forward_and_backward_does_not_open_the_check() -> None:
+    module, _, loader = attached(labels(padded=True))
+    a, b = next(iter(loader))
+    out = module(a)
+    module.eval()
+    with torch.no_grad():
+        module(a[:1])
+    module.train()
+    with pytest.raises(NotPrivateError, match="compute one loss for each row"):
+        flat(out, b).backward()
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_checkpointed_part_of_the_model_is_part_of_the_outer_backward(reentrant: bool) -> None:
+    class Checkpointed(Tagger):
+        def forward(self, ids: Tensor) -> Tensor:
+            hidden = self.words(ids).requires_grad_()
+            return checkpoint(lambda x: self.head(torch.tanh(x)), hidden, use_reentrant=reentrant)
+
+    module, optimizer, loader = attached(labels(padded=False), Checkpointed())
+    for a, b in loader.draws(3):
+        flat(module(a), b).backward()
+        optimizer.step()
+    assert engine_of(module).steps == 3
 
 
 def test_other_backward_passes_are_left_alone() -> None:

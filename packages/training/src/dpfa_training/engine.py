@@ -211,9 +211,9 @@ class Engine:
         if module is not self.recording.module:
             return
         self.recording.stop()  # a backward that failed may have left its proxies behind
-        self._loss.forget()
         if not (module.training and torch.is_grad_enabled()):
             return
+        self._loss.forget()
         rows = _rows(args, kwargs)
         batch = self._current_batch(rows)
         if self.checked_samples < min(rows, 2):  # one sample alone shows nothing about others

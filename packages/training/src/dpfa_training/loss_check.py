@@ -16,7 +16,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils import _pytree as pytree
 
 from dpfa_core.errors import NotPrivateError
-from dpfa_training.loss_graph import Edge, Join, LossGraph, TooFar, kind_of
+from dpfa_training.loss_graph import Edge, Elsewhere, Join, LossGraph, TooFar, kind_of
 from dpfa_training.loss_owners import Coupled, Owners
 from dpfa_training.plan import Reduction
 
@@ -39,6 +39,7 @@ class LossCheck:
         self.reduction = reduction
         self._outputs: dict[Edge, Owners] = {}
         self._own: set[Any] = set()
+        self._elsewhere: set[Any] = set()
         self._rows = 0
         self._asleep: Callable[[bool], None] = lambda asleep: None
         self._factors: list[tuple[float, float]] = []
@@ -49,7 +50,7 @@ class LossCheck:
 
     def expect(self, output: Any, rows: int, asleep: Callable[[bool], None]) -> None:
         """A forward ended with `output`; `asleep(True)` until ``asleep(False)`` makes its backward do nothing."""
-        self._outputs, self._own = {}, set()
+        self.forget()
         self._rows, self._asleep = rows, asleep
         leaves = [x for x in pytree.tree_leaves(output) if isinstance(x, torch.Tensor) and x.requires_grad]
         for leaf in leaves:
@@ -57,15 +58,14 @@ class LossCheck:
             if leaf.dim() and leaf.shape[0] == rows:
                 self._outputs[(edge.node, edge.output_nr)] = Owners(0, np.arange(rows))
             else:
-                self._own.add(edge.node)
-        # one row meets no other, and a loss that is all a module returns is the self-check's
-        self.passed = rows < 2 or not self._outputs
+                (self._elsewhere if leaf.dim() else self._own).add(edge.node)
+        self.passed = rows < 2 or not leaves  # one row meets no other
         if not self.passed:
             _waiting[id(self)] = self
 
     def forget(self) -> None:
         """The forward at hand will not have a backward."""
-        self._outputs, self._own = {}, set()
+        self._outputs, self._own, self._elsewhere = {}, set(), set()
         _waiting.pop(id(self), None)
 
     def before_backward(self, roots: list[torch.Tensor], gradients: list[torch.Tensor | None]) -> None:
@@ -73,16 +73,10 @@ class LossCheck:
 
         Raises: NotPrivateError.
         """
-        graph = LossGraph(self._outputs, self._rows, self._own)
         edges = [(edge.node, edge.output_nr) for edge in map(get_gradient_edge, roots)]
         try:
-            for edge, root in zip(edges, roots, strict=True):
-                value = graph.value(edge)
-                if isinstance(value, Owners):
-                    graph.joins.append(Join(edge, 1.0, edge, value, tuple(root.shape)))
+            graph = self._graph(edges, roots)
             if not graph.reached:
-                if graph.through_own:
-                    self._done()
                 return
             self._asleep(True)
             try:
@@ -95,16 +89,33 @@ class LossCheck:
             finally:
                 self._asleep(False)
         except TooFar:
-            if not graph.through_own:
-                raise NotPrivateError(
-                    "the loss must lead to the module's output within 10000 functions, got more; compute it for all "
-                    "rows at once."
-                ) from None
+            raise NotPrivateError(
+                "the loss must lead to the module's output within 10000 functions, got more; compute it for all rows "
+                "at once."
+            ) from None
         except Coupled as coupled:
             raise NotPrivateError(
                 f"the loss must add up terms that depend on one row each, got {coupled}; {FIX}."
             ) from None
         self._done()
+
+    def _graph(self, edges: list[Edge], roots: list[torch.Tensor]) -> LossGraph:
+        # a module's own loss may lead all through the module; what it does with the rows is then the self-check's
+        for inside in (True, False) if self._own and self._outputs else (not self._own,):
+            graph = LossGraph(self._outputs, self._rows, self._own, self._elsewhere, inside)
+            try:
+                for edge, root in zip(edges, roots, strict=True):
+                    value = graph.value(edge)
+                    if isinstance(value, Owners):
+                        graph.joins.append(Join(edge, 1.0, edge, value, tuple(root.shape)))
+                    elif isinstance(value, Elsewhere):
+                        raise Coupled("an output of the module that does not have one row per sample")
+            except TooFar:
+                if inside and self._own:
+                    continue
+                raise
+            return graph
+        raise TooFar
 
     def _done(self) -> None:
         self.passed = True
@@ -131,15 +142,18 @@ class LossCheck:
         self, graph: LossGraph, roots: list[torch.Tensor], gradients: list[torch.Tensor | None]
     ) -> None:
         """What a row's terms are multiplied with is public only if it is always the same."""
-        edges = [GradientEdge(*join.edge) for join in graph.joins]
-        found = torch.autograd.grad(roots, edges, _given(roots, gradients), retain_graph=True, allow_unused=True)
         scale = self._rows if self.reduction == "mean" else 1
+        joins = [(GradientEdge(*join.edge), join.factor * scale) for join in graph.joins]
+        joins += [(GradientEdge(*edge), 1.0) for edge in graph.scalars]  # the mean over rows is taken inside
+        found = torch.autograd.grad(
+            roots, [edge for edge, _ in joins], _given(roots, gradients), retain_graph=True, allow_unused=True
+        )
         seen: list[tuple[float, float]] = []
-        for join, gradient in zip(graph.joins, found, strict=True):
+        for (_, factor), gradient in zip(joins, found, strict=True):
             if gradient is None or not gradient.numel():
                 continue
             precision = 8 * torch.finfo(gradient.dtype).eps
-            seen += [(float(x) * join.factor * scale, precision) for x in torch.aminmax(gradient)]
+            seen += [(float(x) * factor, precision) for x in torch.aminmax(gradient)]
         if not self._factors:
             self._factors = seen
         for value, precision in seen:
@@ -155,6 +169,8 @@ class LossCheck:
 
     def _probe(self, graph: LossGraph, roots: list[torch.Tensor], gradients: list[torch.Tensor | None]) -> None:
         outputs = [GradientEdge(*edge) for edge in self._outputs]
+        if not outputs:
+            return
         generator = torch.Generator().manual_seed(self._probed)
         try:
             own = torch.autograd.grad(roots, outputs, _given(roots, gradients), retain_graph=True, allow_unused=True)
@@ -240,9 +256,10 @@ _torch_backward = torch.autograd.backward
 
 
 def _backward(tensors: Any, grad_tensors: Any = None, *args: Any, **kwargs: Any) -> None:
-    if _waiting:
+    # inside a backward, a checkpointed block runs one of its own: it is part of the outer one
+    if _waiting and torch._C._current_graph_task_id() == -1:
         roots = [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
-        if all(isinstance(root, torch.Tensor) and root.requires_grad for root in roots):
+        if all(isinstance(root, torch.Tensor) and root.grad_fn is not None for root in roots):
             given = kwargs.get("grad_variables") if grad_tensors is None else grad_tensors
             gradients = [given] if given is None or isinstance(given, torch.Tensor) else list(given)
             gradients += [None] * (len(roots) - len(gradients))

@@ -33,8 +33,12 @@ class Joined:
     """A sum of terms that depend on one row each."""
 
 
-JOINED = Joined()
-Value = Owners | Joined | None
+class Elsewhere:
+    """Depends on an output of the module that does not tell its rows."""
+
+
+JOINED, ELSEWHERE = Joined(), Elsewhere()
+Value = Owners | Joined | Elsewhere | None
 
 
 class TooFar(Exception):
@@ -60,17 +64,22 @@ class LossGraph:
         outputs: {edge: owners} of the module's output tensors.
         batch: how many rows they have.
         own: functions that end in a loss which the module computes itself.
+        elsewhere: functions that end in an output which has another first dimension than the rows.
+        inside: whether to look inside of `own`; without it, it is taken for a sum of its rows' terms.
     """
 
     outputs: dict[Edge, Owners]
     batch: int
     own: set[Node] = field(default_factory=set)
+    elsewhere: set[Node] = field(default_factory=set)
+    inside: bool = True
     joins: list[Join] = field(default_factory=list)
     names: set[str] = field(default_factory=set)
     factors: list[tuple[str, Any, Owners | None]] = field(default_factory=list)
     """What multiplies ("Mul") or divides ("Div") something of the batch, and the owners of that if rows are apart."""
+    scalars: list[Edge] = field(default_factory=list)
+    """The module's own losses, where nothing of the batch was found inside of them."""
     reached: bool = False
-    through_own: bool = False
 
     def value(self, root: Edge) -> Value:
         """Of one tensor that backward begins with.
@@ -100,8 +109,9 @@ class LossGraph:
             if done:
                 order.append(node)
                 continue
-            self.through_own |= node in self.own
             stack.append((node, True))
+            if node in self.own and not self.inside:
+                continue
             for below, number in node.next_functions:
                 if below is not None and below not in seen and (below, number) not in self.outputs:
                     seen.add(below)
@@ -113,14 +123,26 @@ class LossGraph:
     def _of(self, node: Node, values: dict[int, list[Value]]) -> list[Value]:
         edges = [edge if edge[0] is not None else None for edge in node.next_functions]
         inputs = [None if edge is None else self._edge(edge, values) for edge in edges]
-        if all(value is None for value in inputs):
-            return [None]
+        if all(value is None or isinstance(value, Elsewhere) for value in inputs) or (
+            node in self.own and not self.inside
+        ):
+            return [self._begin(node, inputs)]
+        if any(isinstance(value, Elsewhere) for value in inputs):
+            raise Coupled("an output of the module that does not have one row per sample")
         full = node.name()
         self.names.add(full)
         name = kind_of(full)
         shapes = [() if edge is None else shape_of(edge) for edge in edges]
         call = _Call(self, node, name, edges, inputs, shapes)
         return call.values()
+
+    def _begin(self, node: Node, inputs: list[Value]) -> Value:
+        """Of a function that nothing of the rows goes into."""
+        if node in self.own:
+            self.reached = True
+            self.scalars.append((node, 0))
+            return JOINED
+        return ELSEWHERE if node in self.elsewhere or any(value is not None for value in inputs) else None
 
 
 @dataclass

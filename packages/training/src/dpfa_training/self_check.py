@@ -69,12 +69,7 @@ def self_check(recording: Recording, backend: Any, args: Any, kwargs: Any, rows:
             for index in range(samples):
                 _, own = _outputs(forward([index]), 1)
                 cotangents = probes if scalar else [probe[index : index + 1] for probe in probes]
-                found = torch.autograd.grad(own, list(parameters.values()), cotangents, allow_unused=True)
-                exact = {
-                    name: torch.zeros_like(parameter) if gradient is None else gradient
-                    for (name, parameter), gradient in zip(parameters.items(), found, strict=True)
-                }
-                _compare(index, exact, squares, notes, backend, scale)
+                _compare(index, _exact(parameters, own, cotangents), squares, notes, backend, scale)
             if samples > 1:
                 others = [1, *range(1, samples)]
                 after, _, _ = _together(recording, (args, kwargs), forward, others, probes)
@@ -97,8 +92,24 @@ def _together(
     with recording.to(Tape(len(picked), lambda tape: notes.update(tape.merged())), inputs):
         scalar, leaves = _outputs(forward(picked), len(picked))
         used = _probes(leaves, scalar) if probes is None else probes
+        recording.recorded(leaves)  # as in a step: a checkpointed block runs a backward of its own inside this one
         torch.autograd.backward(leaves, used)
     return notes, used, scalar
+
+
+def _exact(
+    parameters: dict[str, torch.nn.Parameter], outputs: list[torch.Tensor], cotangents: list[torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Plain autograd's gradients, by backward: reentrant checkpointing knows no ``torch.autograd.grad``."""
+    held = {name: parameter.grad for name, parameter in parameters.items()}
+    try:
+        for parameter in parameters.values():
+            parameter.grad = None
+        torch.autograd.backward(outputs, cotangents)
+        return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in parameters.items()}
+    finally:
+        for name, parameter in parameters.items():
+            parameter.grad = held[name]
 
 
 def _squares(backend: Any, notes: Notes) -> Squares:
