@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dpfa_attention.module import DPFlashAttention
+from dpfa_attention.release_paths import check_release_paths
 from dpfa_attention.training_engine import ENGINE
 from dpfa_core.errors import BudgetExhausted, LedgerError, NotPrivateError, PrivacyParameterError
 from dpfa_core.events import NonPrivate
@@ -216,6 +217,20 @@ def test_a_copy_is_charged_to_the_same_ledger_and_a_pickle_never_loses_one() -> 
     with pytest.raises(LedgerError, match="cannot be pickled"):
         pickle.dumps(module)
     pickle.loads(pickle.dumps(DPFlashAttention(E, H, **PRIVATE)))  # noqa: S301
+
+
+def test_the_private_norm_is_told_only_to_who_asks_and_a_check_of_paths_names_it() -> None:
+    module = DPFlashAttention(E, H, **PRIVATE, private_diagnostics=True, ledger=Ledger.memory())
+    x = words(2, 6, E)
+    padding = torch.arange(6) >= torch.tensor([[6], [3]])
+    found = module(x, return_privacy_stats=True)[1].grad_norm
+    values = torch.nn.functional.linear(x, module.in_proj_weight[2 * E :]).unflatten(-1, (H, -1)).norm(dim=-1)  # type: ignore[index]
+    assert found == pytest.approx(float(values.detach().max()), rel=1e-5)
+    found = module(x, key_padding_mask=padding, return_privacy_stats=True)[1].grad_norm
+    assert found == pytest.approx(float(values[~padding].max()), rel=1e-5)
+    assert any(path.kind == "python value" for path in check_release_paths(module, x).leaks)
+    module.private_diagnostics = False
+    assert math.isnan(module(x, return_privacy_stats=True)[1].grad_norm)
 
 
 def test_clip_of_the_next_call_scales_its_noise_and_not_its_price() -> None:

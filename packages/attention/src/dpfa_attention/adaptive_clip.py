@@ -105,6 +105,11 @@ def records_norms(v: Tensor, lengths: tuple[tuple[int, int], ...], *, unit: Unit
     return [float(row.max()) if len(row) else 0.0 for row in each]
 
 
+def largest_norm(v: Tensor, lengths: tuple[tuple[int, int], ...]) -> float:
+    """The largest L2 norm of a value row that is no padding: private, and without noise."""
+    return max(records_norms(v.detach(), lengths, unit="sequence", norm="l2"), default=0.0)
+
+
 @lru_cache(maxsize=64)
 def _noise_multiplier(epsilon: float, delta: float) -> float:
     return calibrate_noise_multiplier(DiscreteGaussian, epsilon, delta)

@@ -23,21 +23,18 @@ from dpfa_attention.enhanced_arguments import (
     structured,
 )
 from dpfa_attention.forward_timer import ForwardTimer, megabytes
-from dpfa_attention.options import STRUCTURES, resolve
+from dpfa_attention.options import resolve
+from dpfa_attention.privacy_analysis import configuration, features, norm_of, sensitivity_of, spec_of
 from dpfa_attention.problem import attention_problem
 from dpfa_attention.projection import projected
 from dpfa_attention.score_noise import attention_of_noised_scores
 from dpfa_attention.stats import PrivacyStats
-from dpfa_attention.tensor_release import tensor_mechanism
 from dpfa_core.checks import require
 from dpfa_core.contracts import TensorMechanism
 from dpfa_core.events import DiscreteGaussian
 from dpfa_core.plugin_names import parts
-from dpfa_core.registry import ACCOUNTANTS, MECHANISMS
-from dpfa_core.spec import AttentionProblem, Norm, PrivacySpec, Unit
-from dpfa_core.spending import first_party_accountants
-from dpfa_mechanisms.sensitivity import reasons_against
-from dpfa_mechanisms.sensitivity_analysis import AttentionSensitivityAnalyzer
+from dpfa_core.registry import ACCOUNTANTS
+from dpfa_core.spec import AttentionProblem, Unit
 
 COUNT = DiscreteGaussian(1.0)
 """What an accountant has to price where the clip adapts."""
@@ -207,7 +204,7 @@ class EnhancedDPFlashAttention(DPCheckpointedAttention):
         }
 
     def export_privacy_analysis(self) -> dict[str, Any]:
-        """All that can be said of this module, ready for ``json.dump``; computed from public things only.
+        """All that can be said of this module, ready for ``json.dump``; but for the timers, of public and paid things.
 
         | key | meaning |
         |---|---|
@@ -215,48 +212,17 @@ class EnhancedDPFlashAttention(DPCheckpointedAttention):
         | privacy_spent | ``get_privacy_spent()`` |
         | research_features | whether PLD, noise structures and a sensitivity bound can be had here |
         | performance_stats | ``get_performance_stats()`` |
-        | sensitivity | ``AttentionSensitivityAnalyzer`` at the last call's shape; None before it, or switched off |
+        | sensitivity | ``AttentionSensitivityAnalyzer`` at the last call's shape; None if off or of scores |
         | clip_norm_path | the clip norm after each private count |
         """
-        usable = {entry.name for entry in MECHANISMS.entries() if not entry.disabled}
+        more = ("noise_site", "values", "composition_method", "sensitivity_analysis", "adaptive_noise")
         return {
-            "configuration": self._configuration(),
+            "configuration": configuration(self, *more),
             "privacy_spent": dict(self.get_privacy_spent()),
-            "research_features": {
-                "pld_available": "pld" in first_party_accountants(),
-                "structured_noise_available": usable.issuperset(STRUCTURES),
-                "sensitivity_analysis_available": not self._why_no_bound(),
-            },
+            "research_features": features(self),
             "performance_stats": self.get_performance_stats(),
-            "sensitivity": self._analysis(),
+            "sensitivity": sensitivity_of(self, self._last_problem),
             "clip_norm_path": list(self._clip_path),
-        }
-
-    def _configuration(self) -> dict[str, Any]:
-        mechanism = self.noise_mechanism
-        names = (
-            "setting",
-            "embed_dim",
-            "num_heads",
-            "epsilon",
-            "delta",
-            "unit",
-            "relation",
-            "queries",
-            "clip",
-            "clip_norm",
-            "logit_bound",
-            "noise_structure",
-            "noise_site",
-            "values",
-            "composition_method",
-            "sensitivity_analysis",
-            "adaptive_noise",
-        )
-        return {
-            "privacy_mechanism": mechanism if isinstance(mechanism, str) else self._mechanism_and_accountant()[0],
-            **{name: getattr(self, name) for name in names},
-            "head_epsilons": None if self.head_epsilons is None else list(self.head_epsilons),
         }
 
     def _mechanism_and_accountant(self) -> tuple[str, str | None]:
@@ -276,10 +242,20 @@ class EnhancedDPFlashAttention(DPCheckpointedAttention):
     def _released(
         self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, lengths: tuple[tuple[int, int], ...], **more: Any
     ) -> tuple[Tensor, PrivacyStats]:
-        if self.sensitivity_analysis:
-            self._last_problem = self._problem(q, k, v, causal=causal, lengths=lengths)
         if self.noise_site == "scores":
             return self._of_noised_scores(q, k, v, causal=causal, lengths=lengths)
+        if self.sensitivity_analysis:
+            self._last_problem = attention_problem(
+                q,
+                k,
+                v,
+                causal=causal,
+                window=self._window(),
+                clip=self.clip,
+                clip_norm=1.0,
+                logit_bound=self.logit_bound,
+                lengths=lengths,
+            )
         if not self.adaptive_noise:
             return super()._released(q, k, v, causal=causal, lengths=lengths, **more)
         (epsilon, delta), rest = shares(self.epsilon, self.delta)
@@ -288,10 +264,10 @@ class EnhancedDPFlashAttention(DPCheckpointedAttention):
             lengths,
             self.clip_norm or 1.0,
             unit=self.unit,
-            norm=self._norm(),
+            norm=norm_of(self),
             epsilon=epsilon,
             delta=delta,
-            ledger=ledger_numbered(number_and_delta(self._calls.given)[0], self._spec()),
+            ledger=ledger_numbered(number_and_delta(self._calls.given)[0], spec_of(self)),
         )
         self.clip_norm = moved.clip_norm
         self._clip_path.append(moved.clip_norm)
@@ -310,7 +286,7 @@ class EnhancedDPFlashAttention(DPCheckpointedAttention):
             q,
             k,
             v,
-            dataclasses.replace(self._spec(), epsilon=asked["epsilon"]),
+            dataclasses.replace(spec_of(self), epsilon=asked["epsilon"]),
             values=self.values,
             logit_bound=asked["logit_bound"],
             mechanism=asked["mechanism"],
@@ -329,58 +305,6 @@ class EnhancedDPFlashAttention(DPCheckpointedAttention):
         if self.noise_multiplier is None and math.isfinite(together):
             together = min(together, self.epsilon)
         return dataclasses.replace(stats, epsilon_spent=together, delta=self.delta)
-
-    # ---- analysis
-
-    def _spec(self) -> PrivacySpec:
-        return PrivacySpec(
-            epsilon=self.epsilon, delta=self.delta, unit=self.unit, relation=self.relation, queries=self.queries
-        )
-
-    def _norm(self) -> Norm:
-        found = tensor_mechanism(self.noise_mechanism, self.noise_structure)
-        if found is not None:
-            return getattr(found[1], "norm", "l2")  # type: ignore[no-any-return]
-        bare, given = parts(self._mechanism_and_accountant()[0])
-        parameters = {name: value for name, value in given if name != "noise_multiplier"}
-        return MECHANISMS.create(bare, **parameters).norm  # type: ignore[no-any-return]
-
-    def _problem(
-        self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, lengths: tuple[tuple[int, int], ...]
-    ) -> AttentionProblem:
-        return attention_problem(
-            q,
-            k,
-            v,
-            causal=causal,
-            window=self._window(),
-            clip=self.clip,
-            clip_norm=1.0 if self.clip_norm is None else self.clip_norm,
-            logit_bound=self.logit_bound,
-            lengths=lengths,
-        )
-
-    def _why_no_bound(self) -> tuple[str, ...]:
-        if self.setting == "training":
-            return ("attention is exact in training.",)
-        problem = self._last_problem or AttentionProblem(
-            batch=1,
-            q_len=1,
-            kv_len=1,
-            q_heads=self.num_heads,
-            kv_heads=self.num_heads,
-            head_dim=self.head_dim,
-            clip=self.clip,
-            clip_norm=self.clip_norm or 1.0,
-            logit_bound=self.logit_bound,
-        )
-        return reasons_against(self._spec(), problem, self._norm())
-
-    def _analysis(self) -> dict[str, Any] | None:
-        if not self.sensitivity_analysis or self._last_problem is None or self._why_no_bound():
-            return None
-        problem = dataclasses.replace(self._last_problem, clip_norm=1.0 if self.clip_norm is None else self.clip_norm)
-        return AttentionSensitivityAnalyzer(self._spec(), problem, norm=self._norm()).analyze()
 
 
 def create_enhanced_dp_flash_attention(

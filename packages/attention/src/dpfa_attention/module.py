@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import sys
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from dpfa_attention.adaptive_clip import largest_norm
 from dpfa_attention.functional import released
 from dpfa_attention.head_budgets import as_numbers
 from dpfa_attention.module_arguments import one_clip, refuse_what_no_call_can_use, shared_by_importance
@@ -63,6 +65,8 @@ class DPFlashAttention(nn.Module):
         upstream_gradients: of a release. None: a backward that goes on to the input projections or the inputs
             raises. "block": it stops, and what comes after the release trains. "allow": it goes on; such
             gradients are not covered and must stay inside.
+        private_diagnostics: put into the stats of a release what is private: `grad_norm`, the largest L2 norm of a
+            value row before the clip, a function of the records without noise.
         ledger: where calls are charged; None is ``process_ledger(unit, relation)``, which all modules share.
         unit, queries, relation, clip, logit_bound, causal, window_size, noise_structure, allow_infinite_heads,
             backend, seed: as in ``dp_flash_attn_func``.
@@ -101,6 +105,7 @@ class DPFlashAttention(nn.Module):
         noise_structure: str | None = None,
         allow_infinite_heads: bool = False,
         upstream_gradients: Literal["block", "allow"] | None = None,
+        private_diagnostics: bool = False,
         dropout: float = 0.0,
         batch_first: bool = True,
         bias: bool = True,
@@ -130,7 +135,7 @@ class DPFlashAttention(nn.Module):
         self.noise_mechanism, self.noise_structure = noise_mechanism, noise_structure
         self.noise_multiplier: float | None = None
         self.strategy, self.head_importances = strategy, as_numbers(head_importances)
-        self.allow_infinite_heads = allow_infinite_heads
+        self.allow_infinite_heads, self.private_diagnostics = allow_infinite_heads, private_diagnostics
         self.upstream_gradients, self.backend, self.seed = upstream_gradients, backend, seed
         self.head_epsilons = shared_by_importance(
             self.head_importances,
@@ -318,6 +323,8 @@ class DPFlashAttention(nn.Module):
         asked = self._asked() | more
         out, stats = released(q, k, v, causal=causal, return_privacy_stats=True, lengths=lengths, **asked)
         self._calls.add(stats.event_id)
+        if self.private_diagnostics:
+            stats = dataclasses.replace(stats, grad_norm=largest_norm(v, lengths))
         return out, stats
 
     def _asked(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from dpfa_core.spec import Relation, Unit
 
 @dataclass(frozen=True, kw_only=True)
 class PrivacyStats:
-    """The statement of one release; every number in it is public.
+    """The statement of one release; every number in it is public, unless `private_diagnostics` were asked for.
 
     Guarantee: tested (`epsilon_spent` is priced by an accountant that did not choose the noise).
     """
@@ -35,6 +35,7 @@ class PrivacyStats:
     secure_noise: bool
     """False where a seed was given: whoever knows it can subtract the noise."""
     grad_norm: float = math.nan
+    """Private, and so NaN unless ``private_diagnostics=True``: the largest L2 norm of a value row before the clip."""
     head_epsilons: tuple[float, ...] = ()
     """What each head costs alone, rounded up, where `head_epsilons` were given; inf for one without noise."""
     head_noise_scales: tuple[float, ...] = ()
