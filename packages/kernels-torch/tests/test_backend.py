@@ -143,3 +143,22 @@ def test_import_brings_neither_compilers_nor_models() -> None:
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+def test_a_bias_comes_with_a_biased_problem_and_fits_it(
+    backend: TorchBackend, problem: Callable, inputs: Callable, noiseless: NoisePlan
+) -> None:
+    plain, biased = problem(), problem(biased=True)
+    good = [torch.zeros(2, 4, 7, 9), torch.zeros(1, 1, 7, 9), torch.zeros(1, 4), torch.zeros(2, 4)]
+    expected, _ = backend.release(*inputs(plain), plain, noiseless, None, None, softmax_scale=0.4)
+    for bias in good:
+        out, saved = backend.release(*inputs(plain), biased, noiseless, None, None, softmax_scale=0.4, bias=bias)
+        assert torch.equal(out, expected)
+        assert len(backend.release_backward(out, saved)) == 3
+    bad = [torch.zeros(3, 4, 7, 9), torch.zeros(2, 2, 7, 9), torch.zeros(1, 1, 7, 1), torch.zeros(4), torch.zeros(2, 1)]
+    for bias in (*bad, torch.zeros(1, 4, dtype=torch.int64)):
+        with pytest.raises(PrivacyParameterError, match=r"bias must be floating-point \[2 or 1, 4 or 1, 7, 9\]"):
+            backend.release(*inputs(plain), biased, noiseless, None, None, softmax_scale=0.4, bias=bias)
+    for where, bias in ((plain, good[0]), (biased, None)):
+        with pytest.raises(PrivacyParameterError, match="bias must come with a biased problem, and only then"):
+            backend.release(*inputs(plain), where, noiseless, None, None, softmax_scale=0.4, bias=bias)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dpfa_attention import release_op
+from dpfa_attention.biases import refuse_gradient
 from dpfa_attention.terms import Terms
 from dpfa_core.errors import NotPrivateError
 
@@ -46,15 +47,17 @@ class Release(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        q, k, v, _, *terms = inputs
-        ctx.save_for_backward(q, k, v)
-        ctx.terms = Terms(*terms)
+        q, k, v, _, *values = inputs
+        ctx.terms, bias = Terms.parted(tuple(values))
+        ctx.save_for_backward(q, k, v, *(() if bias is None else (bias,)))
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v = ctx.saved_tensors
-        dq, dk, dv = release_backward(dout, q, k, v, *ctx.terms)
-        return (dq, dk, dv, None, *(None for _ in ctx.terms))
+        q, k, v, *bias = ctx.saved_tensors
+        if bias and ctx.needs_input_grad[-1]:
+            refuse_gradient()
+        dq, dk, dv = release_backward(dout, q, k, v, *ctx.terms, *bias)
+        return (dq, dk, dv, None, *(None for _ in (*ctx.terms, *bias)))
 
     @staticmethod
     def vmap(info: Any, dims: Any, *arguments: Any) -> tuple[Tensor, int]:
@@ -100,8 +103,8 @@ def _(
     *values: Any,
 ) -> tuple[Tensor, None]:
     tensors = _merged(info.batch_size, dims[1:4], q, k, v)
-    copies, terms = copies * info.batch_size, _repeated(info.batch_size, values)
-    return release_op.draw_release(drawn, *tensors, copies, gradients, *terms), None
+    copies, values = copies * info.batch_size, _repeated(info.batch_size, len(tensors[0]), dims[6:], values)
+    return release_op.draw_release(drawn, *tensors, copies, gradients, *values), None
 
 
 @release_op.release.register_vmap
@@ -125,7 +128,8 @@ def _mapped_release(
     *values: Any,
 ) -> tuple[Tensor, int]:
     tensors = _merged(info.batch_size, dims[:3], q, k, v)
-    return _apart(info.batch_size, function(*tensors, ticket, *_repeated(info.batch_size, values))), 0
+    values = _repeated(info.batch_size, len(tensors[0]), dims[4:], values)
+    return _apart(info.batch_size, function(*tensors, ticket, *values)), 0
 
 
 def _mapped_backward(
@@ -139,7 +143,7 @@ def _mapped_backward(
     *values: Any,
 ) -> Any:
     tensors = _merged(info.batch_size, dims[:4], dout, q, k, v)
-    grads = function(*tensors, *_repeated(info.batch_size, values))
+    grads = function(*tensors, *_repeated(info.batch_size, len(tensors[0]), dims[4:], values))
     return tuple(_apart(info.batch_size, grad) for grad in grads), (0, 0, 0)
 
 
@@ -155,6 +159,14 @@ def _apart(slices: int, x: Tensor) -> Tensor:
     return x.unflatten(0, (slices, -1))
 
 
-def _repeated(slices: int, values: tuple[Any, ...]) -> Terms:
-    terms = Terms(*values)
-    return terms._replace(lengths=tuple(terms.lengths) * slices)
+def _repeated(slices: int, rows: int, dims: Any, values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Terms and bias of all `rows` batch rows of all slices."""
+    terms, bias = Terms.parted(values)
+    terms = terms._replace(lengths=tuple(terms.lengths) * slices)
+    if bias is None:
+        return terms
+    dim = dims[-1]
+    if dim is not None or len(bias) > 1:
+        each = bias.expand(slices, *bias.shape) if dim is None else bias.movedim(dim, 0)
+        bias = each.expand(slices, rows // slices, *each.shape[2:]).flatten(0, 1)
+    return (*terms, bias)

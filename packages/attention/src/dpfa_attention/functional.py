@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dpfa_attention.adaptive_clip import moved_clip as moved_clip
 from dpfa_attention.autograd import release
+from dpfa_attention.biases import alibi, without_gradient
 from dpfa_attention.default_ledger import ledger_numbered, number_and_delta
 from dpfa_attention.options import bound_of_logits, refuse_what_is_not_offered
 from dpfa_attention.recomputation import tracing_checkpoint
@@ -98,13 +99,16 @@ def dp_flash_attn_func(
         seed: None for noise nobody can predict. An integer makes the noise of the n-th call with it the same
             in every process: not secure, and the ledger says so.
         ledger: where the release is charged; None is ``process_ledger(unit, relation)``.
-        dropout_p, alibi_slopes, return_attn_probs: refused by name unless they have their defaults.
+        alibi_slopes: public, floating-point [H] or [B, H]: the logit of row i and key j gets -slope times their
+            distance, |i + Sk - S - j|, before it is bounded, so that no sensitivity changes. They have no gradient:
+            slopes that require one are refused.
+        dropout_p, return_attn_probs: refused by name unless they have their defaults.
 
     Returns: out [B, S, H, D] in q's dtype; with `return_privacy_stats` the pair (out, PrivacyStats).
 
     Raises:
         PrivacyParameterError: a value or combination that cannot be used, before any tensor is read.
-        NotPrivateError: attention probabilities asked for, or a call inside a backward pass.
+        NotPrivateError: attention probabilities or the gradient of a bias asked for, or a call inside a backward pass.
         PluginError: the mechanism or backend is missing, broken or disagrees with accounting.
         UnsupportedEvent: no accountant can price the mechanism.
         BackendUnavailable: no backend can run it; the text lists why.
@@ -170,17 +174,19 @@ def released(
     seed: int | None = None,
     ledger: Ledger | None = None,
     return_privacy_stats: bool = False,
+    bias: Tensor | None = None,
     compute: Callable[..., Tensor] | None = None,
 ) -> Any:
     """``dp_flash_attn_func`` of a batch that is padded to `lengths`, (queries, keys) of each row; empty means full.
 
-    `compute` makes the output of q, k, v, the ticket and the terms; None is ``release``, and another one may keep
+    `bias` is public, [B or 1, H or 1, S, Sk], finite, and added to the logits before they are bounded. `compute` makes
+    the output of q, k, v, the ticket and the terms; None is ``release``, and another one may keep
     less for the backward pass. A mechanism that works on tensors does without.
     """
     compute = compute or release
+    bias = without_gradient(alibi(alibi_slopes, q) if bias is None else bias)
     refuse_what_is_not_offered(
         dropout_p=dropout_p,
-        alibi_slopes=alibi_slopes,
         return_attn_probs=return_attn_probs,
         head_epsilons=head_epsilons,
         allow_infinite_heads=allow_infinite_heads,
@@ -209,6 +215,7 @@ def released(
                 clip_norm=1.0 if clip_norm is None else clip_norm,
                 logit_bound=bound_of_logits(softcap, logit_bound),
                 lengths=lengths,
+                bias=bias,
             )
             return (out, stats) if return_privacy_stats else out
         mechanism = "gaussian"  # there is no noise to make
@@ -237,46 +244,51 @@ def released(
     )
     if torch.compiler.is_compiling():
         if return_privacy_stats:
-            return _with_stats(q, k, v, terms, compute)
-        return compute(q, k, v, _traced_draw(q, k, v, terms), *terms)
-    what = agreed(q, k, v, terms)
+            return _with_stats(q, k, v, terms, bias, compute)
+        return compute(q, k, v, _traced_draw(q, k, v, terms, bias), *_values(terms, bias))
+    what = agreed(q, k, v, terms, bias)
     ledger_numbered(number, what.spec)
-    ticket = draw(q, k, v, terms)
-    out = compute(q, k, v, ticket, *terms)
+    ticket = draw(q, k, v, terms, bias)
+    out = compute(q, k, v, ticket, *_values(terms, bias))
     return (out, _stats(what, ticket, terms)) if return_privacy_stats else out
 
 
-def draw(q: Tensor, k: Tensor, v: Tensor, terms: Terms) -> Tensor:
+def draw(q: Tensor, k: Tensor, v: Tensor, terms: Terms, bias: Tensor | None = None) -> Tensor:
     """Charge one release, and the ticket of its noise."""
-    return _drawn(DRAWN, q, k, v, terms)
+    return _drawn(DRAWN, q, k, v, terms, bias)
 
 
-def _drawn(drawn: Tensor, q: Tensor, k: Tensor, v: Tensor, terms: Terms) -> Tensor:
-    return draw_release(drawn, q.detach(), k.detach(), v.detach(), 1, torch.is_grad_enabled(), *terms)
+def _drawn(drawn: Tensor, q: Tensor, k: Tensor, v: Tensor, terms: Terms, bias: Tensor | None) -> Tensor:
+    gradients, values = torch.is_grad_enabled(), _values(terms, bias)
+    return draw_release(drawn, q.detach(), k.detach(), v.detach(), 1, gradients, *values)
+
+
+def _values(terms: Terms, bias: Tensor | None) -> tuple[Any, ...]:
+    return terms if bias is None else (*terms, bias)
 
 
 class _Exported:
     draws = 0
 
 
-def _traced_draw(q: Tensor, k: Tensor, v: Tensor, terms: Terms) -> Tensor:
+def _traced_draw(q: Tensor, k: Tensor, v: Tensor, terms: Terms, bias: Tensor | None) -> Tensor:
     if torch.compiler.is_exporting():
         # An exported program keeps no state of ours; two draws differ in their number, so they are never one.
         _Exported.draws += 1
-        return _drawn(torch.full((1,), _Exported.draws), q, k, v, terms)
+        return _drawn(torch.full((1,), _Exported.draws), q, k, v, terms, bias)
     if tracing_checkpoint():
         # in a graph, the backward pass would draw again; the interpreter asks which draw it was
         torch._dynamo.graph_break("a release inside a checkpointed region is recomputed by the interpreter")
-    return draw(q, k, v, terms)
+    return draw(q, k, v, terms, bias)
 
 
 @torch.compiler.disable(reason="PrivacyStats names the line of the ledger, which each run writes anew")
 def _with_stats(
-    q: Tensor, k: Tensor, v: Tensor, terms: Terms, compute: Callable[..., Tensor]
+    q: Tensor, k: Tensor, v: Tensor, terms: Terms, bias: Tensor | None, compute: Callable[..., Tensor]
 ) -> tuple[Tensor, PrivacyStats]:
-    what = agreed(q, k, v, terms)
-    ticket = draw(q, k, v, terms)
-    return compute(q, k, v, ticket, *terms), _stats(what, ticket, terms)
+    what = agreed(q, k, v, terms, bias)
+    ticket = draw(q, k, v, terms, bias)
+    return compute(q, k, v, ticket, *_values(terms, bias)), _stats(what, ticket, terms)
 
 
 def _stats(what: Agreed, ticket: Tensor, terms: Terms) -> PrivacyStats:

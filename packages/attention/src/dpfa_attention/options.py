@@ -81,7 +81,6 @@ def scale_of_logits(softmax_scale: float | None, head_dim: int) -> float:
 def refuse_what_is_not_offered(
     *,
     dropout_p: float,
-    alibi_slopes: Any,
     return_attn_probs: bool,
     head_epsilons: Any = None,
     allow_infinite_heads: bool = False,
@@ -101,15 +100,9 @@ def refuse_what_is_not_offered(
         dropout_p,
         "Dropped weights are rescaled, which no sensitivity here covers.",
     )
-    _only_none("alibi_slopes", alibi_slopes, "Biased logits are not offered by this version; leave them out.")
     require(
         not allow_infinite_heads or head_epsilons is not None,
         "allow_infinite_heads must be False without head_epsilons",
         allow_infinite_heads,
         "A list in head_epsilons says which heads have no noise: math.inf.",
     )
-
-
-def _only_none(name: str, value: Any, remedy: str) -> None:
-    # a tensor is named by its type: its values are nobody's business
-    require(value is None, f"{name} must be None", value if isinstance(value, str) else type(value).__name__, remedy)

@@ -34,6 +34,7 @@ def attention_problem(
     logit_bound: float | None,
     mask: Tensor | None = None,
     lengths: tuple[tuple[int, int], ...] = (),
+    biased: bool = False,
 ) -> AttentionProblem:
     """The shapes, dtype and device of q [B, S, H, D] and k, v [B, Sk, Hk, D], checked against each other.
 
@@ -81,6 +82,7 @@ def attention_problem(
         logit_bound=logit_bound,
         dtype=DTYPES[q.dtype],
         device=_architecture(q.device),
+        biased=biased,
     )
     # without a mask, the last query of a batch row sees the last key, whatever causal and window hide
     seen = any(all(pair) for pair in lengths) if lengths else True

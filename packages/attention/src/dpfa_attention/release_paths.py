@@ -175,7 +175,7 @@ def _releases_end_paths(trace: _Trace) -> Iterator[None]:
     scratch: list[Ledger] = []
 
     def ends(q: Tensor, k: Tensor, v: Tensor, ticket: Tensor, *values: Any) -> Tensor:
-        plan = agreed(q, k, v, Terms(*values)).priced.plan
+        plan = agreed(q, k, v, *Terms.parted(values)).priced.plan
         elsewhere = threading.get_ident() != here  # another thread's call is a release, as ever
         if elsewhere or plan.distribution == "none" or plan.noiseless_heads:
             released: Tensor = release(q, k, v, ticket, *values)
@@ -186,11 +186,11 @@ def _releases_end_paths(trace: _Trace) -> Iterator[None]:
             trace.read.append(LeakingPath("gradient", f"into what is before {where}", "a backward pass", ()))
         return torch.zeros(q.shape, dtype=q.dtype, device=q.device)
 
-    def uncharged(q: Tensor, k: Tensor, v: Tensor, terms: Terms) -> Tensor:
+    def uncharged(q: Tensor, k: Tensor, v: Tensor, terms: Terms, bias: Tensor | None = None) -> Tensor:
         if threading.get_ident() == here:
             scratch.append(Ledger.memory(unit=terms.unit, relation=terms.relation, delta=terms.ledger_delta or None))
             terms = terms._replace(ledger=scratch[-1].number)
-        ticket: Tensor = draw(q, k, v, terms)
+        ticket: Tensor = draw(q, k, v, terms, bias)
         return ticket
 
     def unmoved(v: Tensor, lengths: Any, clip_norm: float, **budget: Any) -> Moved:

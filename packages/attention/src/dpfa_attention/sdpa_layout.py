@@ -6,9 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
+from dpfa_attention.biases import without_gradient
 from dpfa_attention.functional import released
 from dpfa_attention.stats import PrivacyStats
-from dpfa_attention.visible_lengths import causal_and_lengths, visible
+from dpfa_attention.visible_lengths import causal_and_lengths, visible, visible_and_bias
 from dpfa_core.checks import require
 
 
@@ -25,8 +26,9 @@ def dp_scaled_dot_product_attention(
 ) -> Tensor | tuple[Tensor, PrivacyStats]:
     """A release in the layout [B, H, S, D], with the arguments of ``torch.nn.functional``'s function.
 
-    A mask is public and is read as visibility: True or 0 shows a key, -inf or a number <= -1e4 hides it. It
-    may hide the end of each sequence, and what lies ahead of the diagonal; it must be the same for all heads.
+    A mask is public: True shows a key, -inf or a number <= -1e4 hides it, any other number is added to its logit
+    before that is bounded. It may hide the end of each sequence, and what lies ahead of the diagonal, in all heads
+    alike; what it adds may differ between them, and has no gradient.
     A query that sees no key gets noise around zero.
 
     Guarantee: tested (equal to torch's function with epsilon inf; a hidden key changes nothing).
@@ -65,8 +67,10 @@ def dp_scaled_dot_product_attention(
         "Put the diagonal into the mask.",
     )
     lengths: tuple[tuple[int, int], ...] = ()
+    bias = None
     if attn_mask is not None:
-        is_causal, lengths = causal_and_lengths("attn_mask", _for_all_heads(attn_mask, B, H, S, Sk))
+        shown, bias = _read(attn_mask, B, H, S, Sk)
+        is_causal, lengths = causal_and_lengths("attn_mask", shown)
     result = released(
         query.transpose(1, 2),
         key.transpose(1, 2),
@@ -75,6 +79,7 @@ def dp_scaled_dot_product_attention(
         dropout_p=dropout_p,
         softmax_scale=scale,
         causal=is_causal,
+        bias=bias,
         **promise,
     )
     if isinstance(result, Tensor):
@@ -83,12 +88,18 @@ def dp_scaled_dot_product_attention(
     return out.transpose(1, 2), stats
 
 
-def _for_all_heads(mask: Tensor, B: int, H: int, S: int, Sk: int) -> Tensor:
-    """bool [B, S, Sk]."""
-    shown = visible("attn_mask", mask)
+def _read(mask: Tensor, B: int, H: int, S: int, Sk: int) -> tuple[Tensor, Tensor | None]:
+    """(visible, bool [B, S, Sk]; bias, [B or 1, H or 1, S, Sk])."""
+    additive = isinstance(mask, Tensor) and mask.is_floating_point()
+    if additive:
+        without_gradient(mask)
+    shown, bias = visible_and_bias("attn_mask", mask) if additive else (visible("attn_mask", mask), None)
     good = shown.dim() <= 4 and all(n in (1, m) for n, m in zip(shown.shape[::-1], (Sk, S, H, B), strict=False))
     require(good, f"attn_mask must broadcast to {[B, H, S, Sk]}", list(mask.shape))
     shown = shown[(None,) * (4 - shown.dim())]
     first = shown[:, :1]
-    require(bool((shown == first).all()), "attn_mask must be the same for all heads", "different ones")
-    return first.expand(B, 1, S, Sk)[:, 0]
+    require(bool((shown == first).all()), "attn_mask must hide the same for all heads", "different ones")
+    if bias is not None:
+        bias = bias.detach()[(None,) * (4 - bias.dim())]
+        bias = bias.expand(*bias.shape[:2], S, Sk)
+    return first.expand(B, 1, S, Sk)[:, 0], bias

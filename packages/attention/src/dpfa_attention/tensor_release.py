@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dpfa_attention.biases import check_finite
 from dpfa_attention.default_ledger import ledger_numbered
 from dpfa_attention.options import resolve
 from dpfa_attention.pricing import price
@@ -100,6 +101,7 @@ def tensor_release(
         )
     norm = getattr(mechanism, "norm", "l2")
     require(norm in NORMS, f"the norm of mechanism {entry.name!r} must be one of {tuple(NORMS)}", norm)
+    check_finite(attention.get("bias"))
     # noise is added in float32 and the sum rounded once
     wide = [x.float() for x in (q, k, v)]
     problem = attention_problem(
@@ -110,6 +112,7 @@ def tensor_release(
         clip_norm=attention["clip_norm"],
         logit_bound=attention["logit_bound"],
         lengths=attention["lengths"],
+        biased=attention.get("bias") is not None,
     )
     bound = sensitivity(spec, problem, norm)
     event = _event(entry, mechanism, bound.value, spec)

@@ -22,7 +22,7 @@ SCHEMA = (
     "str? noise_structure, float[]? head_epsilons, bool allow_infinite_heads, str backend, SymInt? seed, "
     "SymInt ledger, float ledger_delta, SymInt[] lengths"
 )
-"""``Terms`` in the language of operators."""
+"""``Terms`` in the language of operators; a public bias of the logits may come behind them."""
 
 
 class Terms(NamedTuple):
@@ -54,6 +54,12 @@ class Terms(NamedTuple):
     """Queries, keys, queries, keys ... of each batch row; empty where all are full."""
 
     @classmethod
+    def parted(cls, values: tuple[Any, ...]) -> tuple[Terms, Tensor | None]:
+        """Terms, and the bias where one came behind them; see ``of_operator``."""
+        count = len(cls._fields)
+        return cls.of_operator(values[:count]), values[count] if len(values) > count else None
+
+    @classmethod
     def of_operator(cls, values: tuple[Any, ...]) -> Terms:
         """From an operator's arguments, which come as lists where a graph holds several numbers."""
         return cls(*(tuple(value) if isinstance(value, list) else value for value in values))
@@ -69,7 +75,7 @@ class Agreed(NamedTuple):
     softmax_scale: float
 
 
-def agreed(q: Tensor, k: Tensor, v: Tensor, terms: Terms) -> Agreed:
+def agreed(q: Tensor, k: Tensor, v: Tensor, terms: Terms, bias: Tensor | None = None) -> Agreed:
     """The release that `terms` ask for, of tensors like these: a function of shapes and terms alone.
 
     Raises: what ``dp_flash_attn_func`` lists, but for the ledger's part.
@@ -90,6 +96,7 @@ def agreed(q: Tensor, k: Tensor, v: Tensor, terms: Terms) -> Agreed:
         clip_norm=1.0 if private and terms.clip_norm is None else terms.clip_norm,
         logit_bound=bound_of_logits(terms.softcap, terms.logit_bound),
         lengths=tuple(zip(terms.lengths[::2], terms.lengths[1::2], strict=True)),
+        biased=bias is not None,
     )
     if terms.seed is not None:
         integer("seed", terms.seed, least=0, remedy="None draws a secret from the operating system.")

@@ -24,14 +24,31 @@ def visible(name: str, mask: Tensor) -> Tensor:
     )
     if mask.dtype == torch.bool:
         return mask
-    hidden = mask <= HIDDEN
+    shown, bias = visible_and_bias(name, mask)
     require(
-        bool((hidden | (mask == 0)).all()),
+        bias is None,
         f"{name} must hold 0 (visible) and -inf or numbers <= {HIDDEN:g} (hidden)",
         "another value, which is a bias and no mask",
-        "Biased logits are not offered by this version.",
+        "dp_scaled_dot_product_attention and alibi_slopes take a public bias.",
     )
-    return ~hidden
+    return shown
+
+
+def visible_and_bias(name: str, mask: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Where a floating-point `mask` shows a key, and what it adds there: None where that is 0 everywhere.
+
+    The two are told apart by a public rule: -inf or <= -1e4 hides, any other finite number is a bias.
+
+    Raises: PrivacyParameterError for NaN or +inf.
+    """
+    hidden = mask <= HIDDEN
+    require(
+        bool((hidden | torch.isfinite(mask)).all()),
+        f"{name} must hold finite numbers (a bias) and -inf or numbers <= {HIDDEN:g} (hidden)",
+        "NaN or +inf",
+    )
+    bias = torch.where(hidden, 0.0, mask)
+    return ~hidden, bias if bool((bias != 0).any()) else None
 
 
 def causal_and_lengths(name: str, shown: Tensor, *, causal: bool = False) -> tuple[bool, tuple[tuple[int, int], ...]]:

@@ -207,8 +207,13 @@ class Backend(Protocol):
         key: NoiseKey,
         *,
         softmax_scale: float,
+        bias: Tensor | None = None,
     ) -> tuple[Tensor, Any]:
-        """q, k, v (B, S, H, D) to (out in q's dtype, saved for backward); the LSE never leaves."""
+        """q, k, v (B, S, H, D) to (out in q's dtype, saved for backward); the LSE never leaves.
+
+        `bias` comes only where the problem is ``biased``: (B or 1, H or 1, S, Sk) is added to the logits, of (B or 1,
+        H) slopes minus the slope times the distance from the bottom-right diagonal.
+        """
         ...
 
     def release_backward(self, dout: Tensor, saved: Any) -> tuple[Tensor, Tensor, Tensor]: ...

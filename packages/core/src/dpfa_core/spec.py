@@ -77,6 +77,8 @@ class AttentionProblem(Record):
     logit_bound: float | None = None
     dtype: str = "float32"
     device: str = "cpu"
+    biased: bool = False
+    """Finite public numbers are added to the logits, before the bound; a backend is given them beside q, k and v."""
 
     def __post_init__(self) -> None:
         for name in ("batch", "q_len", "kv_len", "q_heads", "kv_heads", "head_dim"):
@@ -116,6 +118,7 @@ class AttentionProblem(Record):
         if self.logit_bound is not None:
             positive("logit_bound", self.logit_bound, remedy="None means no bound.")
         one_of("dtype", self.dtype, DTYPES)
+        require(isinstance(self.biased, bool), "biased must be True or False", self.biased)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -56,24 +56,37 @@ def softmax_weights(logits: Tensor, visible: Tensor, logit_bound: float | None) 
 
 
 def attention_rows(
-    q: Tensor, k: Tensor, v: Tensor, visible: Tensor, logit_bound: float | None, softmax_scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visible: Tensor,
+    logit_bound: float | None,
+    softmax_scale: float,
+    bias: Tensor | None = None,
 ) -> Tensor:
-    """softmax(softmax_scale * q k^T) v over the visible keys.
+    """softmax(softmax_scale * q k^T + bias) v over the visible keys, logits bounded after the bias.
 
     Args:
         q: [B, N, H, D]; k, v: [B, M, Hk, D], finite; query head h uses key head h // (H / Hk).
-        visible: bool [B or 1, N, M].
+        visible: bool [B or 1, N, M]; bias: [B or 1, H or 1, N, M].
     Returns: [B, N, H, D]; zeros for a row that sees no key.
     """
-    _, shares, _ = _shares(q, k, visible, logit_bound, softmax_scale)
+    _, shares, _ = _shares(q, k, visible, logit_bound, softmax_scale, bias)
     return torch.einsum("bkgnm,bmkd->bnkgd", shares, v).reshape(q.shape)
 
 
 def attention_rows_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, visible: Tensor, logit_bound: float | None, softmax_scale: float
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visible: Tensor,
+    logit_bound: float | None,
+    softmax_scale: float,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``attention_rows`` for q, k and v."""
-    logits, shares, slopes = _shares(q, k, visible, logit_bound, softmax_scale)
+    logits, shares, slopes = _shares(q, k, visible, logit_bound, softmax_scale, bias)
     grouped, dout = (x.reshape(*q.shape[:2], k.shape[2], -1, q.shape[-1]) for x in (q, dout))
     dv = torch.einsum("bkgnm,bnkgd->bmkd", shares, dout)
     dlogits = torch.einsum("bnkgd,bmkd->bkgnm", dout, v)
@@ -87,11 +100,13 @@ def attention_rows_backward(
 
 
 def _shares(
-    q: Tensor, k: Tensor, visible: Tensor, logit_bound: float | None, softmax_scale: float
+    q: Tensor, k: Tensor, visible: Tensor, logit_bound: float | None, softmax_scale: float, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Logits, softmax in q's dtype and slopes: [B, Hk, H / Hk, N, M]."""
     grouped = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[-1])
     logits = torch.einsum("bnkgd,bmkd->bkgnm", grouped, k) * softmax_scale
+    if bias is not None:
+        logits = logits + (bias[:, None] if bias.shape[1] == 1 else bias.unflatten(1, logits.shape[1:3]))
     weights, slopes = softmax_weights(logits, visible[:, None, None], logit_bound)
     total = weights.sum(-1, keepdim=True)
     return logits, (weights / torch.where(total > 0, total, 1.0)).to(q.dtype), slopes
@@ -112,7 +127,35 @@ def blocks(problem: AttentionProblem) -> Iterator[tuple[slice, slice, slice, Ten
                 yield some, part, slice(low, high), visible_keys(problem, some, part, low, high)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, problem: AttentionProblem, softmax_scale: float) -> Tensor:
+def bias_of_block(
+    bias: Tensor | None, problem: AttentionProblem, some: slice, rows: slice, keys: slice, dtype: torch.dtype
+) -> Tensor | None:
+    """What is added to the logits of one block: [b or 1, H or 1, n, m] in `dtype`.
+
+    Args: `bias` [B or 1, H or 1, S, Sk], or slopes [B or 1, H]: then it is minus the slope times the distance
+    of key and row, both counted from the ends of their sequences.
+    """
+    if bias is None:
+        return None
+    if len(bias) > 1:
+        bias = bias[some]
+    if bias.dim() == 4:
+        return bias[..., rows, keys].to(dtype)
+    ahead = [m - n for n, m in problem.lengths[some] or [(problem.q_len, problem.kv_len)]]
+    place = torch.arange(*rows.indices(problem.q_len), device=bias.device)[:, None]
+    key = torch.arange(*keys.indices(problem.kv_len), device=bias.device)
+    distance = (place - key + torch.tensor(ahead, device=bias.device)[:, None, None]).abs()
+    return -bias.to(dtype)[..., None, None] * distance[:, None]
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    problem: AttentionProblem,
+    softmax_scale: float,
+    bias: Tensor | None = None,
+) -> Tensor:
     """Attention over cleaned inputs, without output clip or noise: [B, S, H, D] in their dtype."""
     out = torch.zeros_like(q)
     for some, rows, keys, visible in blocks(problem):
@@ -123,6 +166,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, problem: AttentionProblem, softma
             visible.to(q.device),
             problem.logit_bound,
             softmax_scale,
+            bias_of_block(bias, problem, some, rows, keys, q.dtype),
         )
     return out
 
@@ -136,11 +180,16 @@ def attention_backward(
     norm: Norm,
     softmax_scale: float,
     whiten: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of noiseless attention with its output clip, for cleaned inputs; recomputes each block."""
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     for some, rows, keys, visible in blocks(problem):
-        block = (q[some, rows], k[some, keys], v[some, keys], visible.to(q.device), problem.logit_bound, softmax_scale)
+        added = bias_of_block(bias, problem, some, rows, keys, q.dtype)
+        block = (
+            *(q[some, rows], k[some, keys], v[some, keys]),
+            *(visible.to(q.device), problem.logit_bound, softmax_scale, added),
+        )
         above = dout[some, rows]
         if problem.clip == "output" and problem.clip_norm is not None:
             above = clip_rows_backward(above, attention_rows(*block), problem.clip_norm, norm, whiten)

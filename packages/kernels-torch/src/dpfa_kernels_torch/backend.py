@@ -41,6 +41,7 @@ class Saved(NamedTuple):
     norm: Norm
     tensors: PlanTensors
     softmax_scale: float
+    bias: Tensor | None = None
 
 
 class TorchBackend:
@@ -90,6 +91,7 @@ class TorchBackend:
         key: NoiseKey | None,
         *,
         softmax_scale: float,
+        bias: Tensor | None = None,
     ) -> tuple[Tensor, Saved]:
         """Attention clipped, noised in float32 and rounded once.
 
@@ -101,6 +103,8 @@ class TorchBackend:
             q: [B, S, H, D]; k, v: [B, Sk, Hk, D]; one dtype and device, those of `problem`.
             tensors: of the plan's structure, made from its public seed; None where it has none.
             key: of purpose "release" on q's device; None where the plan adds no noise.
+            bias: public, where the problem is ``biased``: [B or 1, H or 1, S, Sk], added to the logits before they are
+                bounded, or slopes [B or 1, H].
         Returns: (out in q's dtype [B, S, H, D], what ``release_backward`` needs).
         Raises: PrivacyParameterError where ``supports`` has a reason, or tensors or key do not fit.
         Source: PRIVACY P2, P10.
@@ -111,13 +115,14 @@ class TorchBackend:
         _fits("k", k, (B, problem.kv_len, Hk, D), problem, q.device)
         _fits("v", v, (B, problem.kv_len, Hk, D), problem, q.device)
         _key_fits(key, plan, q.device)
+        _bias_fits(bias, problem, q.device)
         tensors = fitting(tensors, problem, plan, q.device)
         with plain_arithmetic(q.device):
             cleaned = cleaned_inputs(q, k, v, problem, plan.norm, working_dtype(q), tensors.whiten)
-            rows = attention(*cleaned, problem, softmax_scale).to(_noise_dtype(q))
+            rows = attention(*cleaned, problem, softmax_scale, bias).to(_noise_dtype(q))
             clip = problem.clip == "output" and problem.clip_norm is not None
             out = epilogue(rows, problem, plan, tensors, key, clip=clip).to(q.dtype)
-        return out, self.saved(q, k, v, problem, plan, tensors, softmax_scale=softmax_scale)
+        return out, self.saved(q, k, v, problem, plan, tensors, softmax_scale=softmax_scale, bias=bias)
 
     def saved(
         self,
@@ -129,26 +134,27 @@ class TorchBackend:
         tensors: PlanTensors | None,
         *,
         softmax_scale: float,
+        bias: Tensor | None = None,
     ) -> Saved:
         """What ``release`` saves for its backward, which is no result of it: inputs and public tensors."""
         tensors = fitting(tensors, problem, plan, q.device)
-        return Saved(q.detach(), k.detach(), v.detach(), problem, plan.norm, tensors, softmax_scale)
+        return Saved(q.detach(), k.detach(), v.detach(), problem, plan.norm, tensors, softmax_scale, bias)
 
     def release_backward(self, dout: Tensor, saved: Saved) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients for q, k and v. The noise is additive and has none; clipped rows are projected.
+        """Gradients for q, k and v. Noise and bias have none; clipped rows are projected.
 
         Guarantee: tested (finite differences in float64).
         Args: dout: [B, S, H, D].
         Returns: (dq, dk, dv) in the inputs' dtype.
         """
-        q, k, v, problem, norm, tensors, softmax_scale = saved
+        q, k, v, problem, norm, tensors, softmax_scale, bias = saved
         with plain_arithmetic(q.device):
             dtype = working_dtype(q)
             dout = dout.to(dtype)
             if tensors.project is not None:
                 dout = product(product(dout, tensors.mix), tensors.project.T)
             cleaned = cleaned_inputs(q, k, v, problem, norm, dtype, tensors.whiten)
-            grads = attention_backward(dout, *cleaned, problem, norm, softmax_scale, tensors.whiten)
+            grads = attention_backward(dout, *cleaned, problem, norm, softmax_scale, tensors.whiten, bias)
             return cleaned_inputs_backward(grads, q, k, v, problem, norm, dtype, tensors.whiten)
 
     def privatize_(
@@ -347,6 +353,32 @@ def _fits(name: str, x: Tensor, shape: tuple[int, ...], problem: AttentionProble
         tuple(x.shape) == shape and x.dtype == getattr(torch, problem.dtype) and x.device == device,
         f"{name} must be {problem.dtype} {list(shape)} on {device}, as the problem says",
         f"{x.dtype} {list(x.shape)} on {x.device}",
+    )
+
+
+def _bias_fits(bias: Tensor | None, problem: AttentionProblem, device: torch.device) -> None:
+    if bias is None or not problem.biased:
+        require(
+            bias is None and not problem.biased,
+            "bias must come with a biased problem, and only then",
+            f"biased={problem.biased} and bias {'None' if bias is None else list(bias.shape)}",
+        )
+        return
+    sizes = (problem.batch, problem.q_heads, problem.q_len, problem.kv_len)
+    good = (
+        bias.device == device
+        and bias.is_floating_point()
+        and bias.shape[0] in (1, sizes[0])
+        and (
+            (bias.dim() == 2 and bias.shape[1] == sizes[1])
+            or (bias.dim() == 4 and bias.shape[1] in (1, sizes[1]) and bias.shape[2:] == sizes[2:])
+        )
+    )
+    require(
+        good,
+        f"bias must be floating-point [{sizes[0]} or 1, {sizes[1]} or 1, {sizes[2]}, {sizes[3]}] or slopes "
+        f"[{sizes[0]} or 1, {sizes[1]}], on {device}",
+        f"{bias.dtype} {list(bias.shape)} on {bias.device}",
     )
 
 
