@@ -50,6 +50,10 @@ def test_sampled_gaussian_keeps_the_promise_and_accounting_agrees(epsilon: float
         with pytest.raises(PrivacyParameterError, match=r"delta must exceed .*, what the end of the noise sampler"):
             priced(epsilon=epsilon, delta=delta)
         return
+    if delta < 0.3 and dtype == "float16" and epsilon <= 1e-2:
+        with pytest.raises(PrivacyParameterError, match="float16's largest number"):
+            priced(epsilon=epsilon, delta=delta, dtype=dtype)
+        return
     where = problem(dtype=dtype)
     release = priced(epsilon=epsilon, delta=delta, dtype=dtype)
     ideal = gaussian_delta(epsilon, release.noise_multiplier)
