@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -83,8 +84,38 @@ def test_a_missing_library_skips_a_model_with_the_reason(
 
 
 def test_a_peer_without_a_checkout_is_listed_with_its_reason(tmp_path: Path) -> None:
-    assert "peer_path" in fastdp_step.unavailable("")
+    assert "--peer-path" in fastdp_step.unavailable("")
     assert "no folder fastDP" in fastdp_step.unavailable(str(tmp_path))
+
+
+FAKE = """
+class PrivacyEngine:
+    def __init__(self, module, **settings):
+        self.module = module
+
+    def attach(self, optimizer):
+        for parameter in self.module.parameters():
+            parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "private_grad", p.grad))
+"""
+
+
+@pytest.mark.parametrize("wanted", ["--peer-path", "--set peer_path"])
+def test_a_checkout_of_a_peer_is_timed_and_compared(
+    wanted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "fastDP").mkdir()
+    (tmp_path / "fastDP" / "__init__.py").write_text(FAKE)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "fastDP", raising=False)
+    monkeypatch.setattr(runner, "peak_memory", lambda *arguments: 1)
+    given = ["--peer-path", str(tmp_path)] if wanted == "--peer-path" else ["--set", f"peer_path={tmp_path}"]
+    options = ["--toy", "--json", "--repeats", "1", "--set", "model=gpt", "--set", "one_by_one=false", *given]
+    assert __main__.main(["run", "private_step", *options]) == 0
+    sys.modules.pop("fastDP")
+    peer = next(one for one in json.loads(capsys.readouterr().out)["results"] if one["name"] == "fastdp")
+    assert peer["seconds"]["p50"] > 0
+    assert peer["error"] > 0.01  # it does not clip, and is shown beside its error
+    assert __main__.main(["run", "release_call", "--peer-path", str(tmp_path)]) == 2
 
 
 def test_training_runs_every_model_and_its_record_names_the_command_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,8 +126,8 @@ def test_training_runs_every_model_and_its_record_names_the_command_of_one(monke
         raise GateFailed("no")
 
     monkeypatch.setattr(runner, "run", noted)
-    assert __main__.main(["training", "--repeats", "2", "--set", "batch=4"]) == 1
-    assert [changes for changes, _ in asked] == [{"model": model, "batch": 4} for model in MODELS]
+    assert __main__.main(["training", "--repeats", "2", "--set", "batch=4", "--peer-path", "there"]) == 1
+    assert [changes for changes, _ in asked] == [{"peer_path": "there", "model": model, "batch": 4} for model in MODELS]
     assert all(f"run private_step --set model={changes['model']} " in command for changes, command in asked)
 
 

@@ -61,6 +61,7 @@ def main(arguments: list[str]) -> int:
 def _add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, default=20, help="rounds in which every contender takes one step")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a parameter of the case")
+    parser.add_argument("--peer-path", metavar="DIR", help="a checkout of fastDP, a peer that no registry has")
     parser.add_argument("--toy", action="store_true", help="the case at a size that takes seconds; no record")
     parser.add_argument("--threads", type=int, help="torch threads; default: torch's own choice")
     parser.add_argument("--record", type=Path, metavar="FILE", help="append the run to this file")
@@ -105,8 +106,12 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     command = shlex.join(["python", "-m", "dpfa_benchmarks", *arguments])
-    for case in CASES.values() if options.case is None else (CASES[options.case],):
-        changes = {**(case.toy if options.toy else {}), **dict(_assignment(text) for text in options.set)}
+    cases = CASES.values() if options.case is None else (CASES[options.case],)
+    if options.peer_path and not any("peer_path" in case.defaults for case in cases):
+        raise ValueError(f"--peer-path must be given to a case that has such a peer, got {options.case!r}.")
+    for case in cases:
+        peer = {"peer_path": options.peer_path} if options.peer_path and "peer_path" in case.defaults else {}
+        changes = {**(case.toy if options.toy else {}), **peer, **dict(_assignment(text) for text in options.set)}
         columns = (TextColumn(f"{case.name} {{task.description}}"), BarColumn(), TaskProgressColumn())
         with Progress(*columns, TimeRemainingColumn(), console=messages) as bar:
             tasks = {stage: bar.add_task(stage, total=None) for stage in ("checking", "timing", "memory")}

@@ -17,7 +17,7 @@ from dpfa_benchmarks.cases.for_peers import by_our_names, with_tables
 from dpfa_benchmarks.cases.one_by_one import Gradients
 from dpfa_benchmarks.workloads import Workload
 
-MISSING = "no checkout given: --set peer_path=DIR"
+MISSING = "no checkout given: --peer-path DIR"
 
 
 def unavailable(peer_path: str) -> str:
