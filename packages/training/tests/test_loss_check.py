@@ -341,6 +341,24 @@ def test_what_the_loop_makes_of_a_modules_own_loss_must_stay_linear(of, reason) 
             optimizer.step()
 
 
+def test_outputs_that_the_loss_leads_past_get_no_gradient_of_the_look() -> None:
+    class Hidden(Tagger):
+        def forward(self, ids: Tensor) -> dict[str, Tensor]:
+            hidden = torch.tanh(self.words(ids))
+            if hidden.requires_grad:
+                hidden.register_hook(lambda grad: seen.append(1))
+            return {"logits": self.head(hidden), "hidden": hidden}
+
+    seen: list[int] = []
+    module, optimizer, loader = attached(labels(padded=False), Hidden())
+    for step, (a, b) in enumerate(loader.draws(3)):
+        logits = module(a)["logits"]
+        before = len(seen)  # a self-check's among them
+        flat(logits, b).backward()
+        optimizer.step()
+        assert len(seen) == before + 1, step
+
+
 def test_a_validation_between_forward_and_backward_does_not_open_the_check() -> None:
     module, _, loader = attached(labels(padded=True))
     a, b = next(iter(loader))

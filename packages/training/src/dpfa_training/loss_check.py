@@ -168,7 +168,8 @@ class LossCheck:
     # ---- probes
 
     def _probe(self, graph: LossGraph, roots: list[torch.Tensor], gradients: list[torch.Tensor | None]) -> None:
-        outputs = [GradientEdge(*edge) for edge in self._outputs]
+        # others may lie behind these, and a gradient for them would go through the module
+        outputs = [GradientEdge(*edge) for edge in graph.found]
         if not outputs:
             return
         generator = torch.Generator().manual_seed(self._probed)

@@ -79,7 +79,13 @@ class LossGraph:
     """What multiplies ("Mul") or divides ("Div") something of the batch, and the owners of that if rows are apart."""
     scalars: list[Edge] = field(default_factory=list)
     """The module's own losses, where nothing of the batch was found inside of them."""
-    reached: bool = False
+    found: set[Edge] = field(default_factory=set)
+    """Those of `outputs` that the loss leads to, others not in between."""
+
+    @property
+    def reached(self) -> bool:
+        """Whether the loss depends on the forward at hand."""
+        return bool(self.found or self.scalars)
 
     def value(self, root: Edge) -> Value:
         """Of one tensor that backward begins with.
@@ -94,7 +100,7 @@ class LossGraph:
     def _edge(self, edge: Edge, values: dict[int, list[Value]]) -> Value:
         node, number = edge
         if edge in self.outputs:
-            self.reached = True
+            self.found.add(edge)
             return self.outputs[edge]
         found = values.get(id(node)) or [None]
         return found[number] if number < len(found) else found[0]
@@ -139,7 +145,6 @@ class LossGraph:
     def _begin(self, node: Node, inputs: list[Value]) -> Value:
         """Of a function that nothing of the rows goes into."""
         if node in self.own:
-            self.reached = True
             self.scalars.append((node, 0))
             return JOINED
         return ELSEWHERE if node in self.elsewhere or any(value is not None for value in inputs) else None
