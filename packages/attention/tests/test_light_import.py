@@ -21,6 +21,7 @@ def test_public_names_are_the_ones_listed() -> None:
         "PrivacyMechanismType",
         "PrivacySpent",
         "PrivacyStats",
+        "PrivateMemory",
         "ReleasePaths",
         "check_release_paths",
         "create_enhanced_dp_flash_attention",

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from dpfa_attention.mechanism_types import PrivacyMechanismType, create_research_mechanism
     from dpfa_attention.module import DPFlashAttention
     from dpfa_attention.privacy_spent import PrivacySpent
+    from dpfa_attention.private_memory import PrivateMemory
     from dpfa_attention.qkv_packed import dp_flash_attn_qkvpacked_func
     from dpfa_attention.release_paths import LeakingPath, ReleasePaths, check_release_paths
     from dpfa_attention.sdpa_layout import dp_scaled_dot_product_attention
@@ -29,6 +30,7 @@ __all__ = [
     "PrivacyMechanismType",
     "PrivacySpent",
     "PrivacyStats",
+    "PrivateMemory",
     "ReleasePaths",
     "check_release_paths",
     "create_enhanced_dp_flash_attention",
@@ -49,6 +51,7 @@ _WHERE = {
     "PrivacyMechanismType": "mechanism_types",
     "PrivacySpent": "privacy_spent",
     "PrivacyStats": "stats",
+    "PrivateMemory": "private_memory",
     "ReleasePaths": "release_paths",
     "check_release_paths": "release_paths",
     "create_enhanced_dp_flash_attention": "enhanced_module",
