@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import math
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,6 @@ from torch import Tensor
 
 from dpfa_attention import noise_keys
 from dpfa_attention.private_memory import PrivateMemory
-from dpfa_attention.receipts import Receipts
 from dpfa_core.errors import BudgetExhausted, LedgerError, PrivacyParameterError
 from dpfa_core.ledger import Ledger
 
@@ -290,22 +287,13 @@ def test_a_receipt_that_a_crash_cut_short_is_no_line_and_a_failing_one_keeps_the
     assert len(list(made.ledger.releases())) == 3  # charged, and not answered
 
 
-def test_two_processes_leave_a_receipt_of_every_answer(tmp_path: Path) -> None:
-    made = memory(tmp_path / "ledger")
-    made.append(*records())
-    made.save(tmp_path / "memory")
-    made.ledger.close()
-    script = f"""
-import torch
-from dpfa_attention.private_memory import PrivateMemory
-from dpfa_core.ledger import Ledger
-memory = PrivateMemory.load({str(tmp_path / "memory")!r}, Ledger.read({str(tmp_path / "ledger")!r}))
-for _ in range(8):
-    memory.answer(torch.zeros(1, 2, {DIM}))
-"""
-    running = [subprocess.Popen([sys.executable, "-c", script]) for _ in range(2)]
-    assert [each.wait() for each in running] == [0, 0]
-    ledger = Ledger.read(tmp_path / "ledger")
-    assert len(list(ledger.releases())) == 16
-    assert sorted(Receipts.of(tmp_path / "memory")._lines()) == sorted(line.id for line in ledger.releases())
-    assert len(PrivateMemory.load(tmp_path / "memory", ledger)) == 30
+def test_two_holders_of_one_memory_share_its_budget_and_its_receipts(tmp_path: Path) -> None:
+    saved(tmp_path).ledger.close()
+    holders = [PrivateMemory.load(tmp_path / "memory", Ledger.read(tmp_path / "ledger")) for _ in range(2)]
+    for _ in range(3):
+        for holder in holders:
+            holder.answer(torch.zeros(1, 2, DIM))
+    assert len(list(holders[0].ledger.releases())) == 7
+    assert holders[0].ledger.spent() == holders[1].ledger.spent()
+    held = {line.id for line in holders[0].ledger.releases()}
+    assert {line for line in (tmp_path / "memory.receipts").read_text().split("\n") if line} == held
