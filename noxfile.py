@@ -39,7 +39,8 @@ ROOT = Path(__file__).resolve().parent
 PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 TORCH = os.environ.get("DPFA_TORCH") or "torch==2.13.0"
 LIGHT = ("core", "mechanisms", "accounting")
-BUILD_TOOLS = ("hatchling>=1.26", "editables>=0.5")
+BUILD_TOOLS = ("hatchling>=1.26", "editables>=0.5", "scikit-build-core>=0.11", "cmake>=3.26", "ninja")
+COMPILERS = ("c++", "g++", "clang++", "cl")
 RUFF = "ruff~=0.17.5"
 LINTERS = (RUFF, "mypy~=2.4", "import-linter~=2.16", "numpy>=1.26")
 DOCS = ("mkdocs<2", "mkdocs-material>=9.7", "mkdocstrings[python]>=0.30", RUFF)  # ruff formats the signatures
@@ -76,6 +77,9 @@ def find_rooms() -> dict[str, Room]:
     """Every package by the name of its folder, lower floors first."""
     patterns = ("packages/*", "kernels-*", "verification", "benchmarks")
     files = sorted(file for pattern in patterns for file in ROOT.glob(f"{pattern}/pyproject.toml"))
+    if not os.environ.get("CXX") and not any(map(shutil.which, COMPILERS)):
+        print("No C++ compiler found: packages with native code are left out, torch does their work.")
+        files = [file for file in files if not (file.parent / "CMakeLists.txt").is_file()]
     rooms = {room.distribution: room for room in map(read_room, files)}
     below = {name: [n.name for n in room.needs(set()) if n.name in rooms] for name, room in rooms.items()}
     return {rooms[name].path.name: rooms[name] for name in TopologicalSorter(below).static_order()}
@@ -159,11 +163,16 @@ def refuse_strangers(session: nox.Session, python: str) -> None:
             session.error(f"{name} must come from {ROOT}, got {url or 'an index'}: delete .nox and report this")
 
 
+def described_by(room: Room) -> list[Path]:
+    """The files whose change asks for a new installation: settings and native code."""
+    return [room.path / "pyproject.toml", *sorted(room.path.glob("CMakeLists.txt")), *sorted(room.path.glob("cpp/*"))]
+
+
 def move_in(session: nox.Session, home: Path, rooms: Chosen) -> str:
     """Install rooms, editable, into an environment, unless that was done; return its Python."""
     python, stamp = python_of(home), home / "installed"
     arguments = [argument for folder, extras in rooms.items() for argument in ROOMS[folder].editable(extras)]
-    described = [(ROOMS[folder].path / "pyproject.toml").read_text() for folder in rooms]
+    described = [file.read_text() for folder in rooms for file in described_by(ROOMS[folder])]
     state = hashlib.sha256("\n".join([TORCH, *arguments, *described]).encode()).hexdigest()
     if not stamp.is_file() or stamp.read_text() != state:
         stamp.unlink(missing_ok=True)

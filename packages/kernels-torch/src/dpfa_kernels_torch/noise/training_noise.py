@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
@@ -15,8 +17,23 @@ CHUNK = 1 << 17
 """Noise values computed at a time: the float64 working set stays in the cache."""
 
 
+class Run(Protocol):
+    """Adds the noise of consecutive elements on the CPU."""
+
+    def __call__(
+        self, flat: Tensor, std: float, secret: bytes, *, parameter: int, step: int, first_element: int
+    ) -> None: ...
+
+
 def add_training_noise_(
-    grad: Tensor, std: float, key: NoiseKey, *, parameter: int, step: int, first_element: int = 0
+    grad: Tensor,
+    std: float,
+    key: NoiseKey,
+    *,
+    parameter: int,
+    step: int,
+    first_element: int = 0,
+    run: Run | None = None,
 ) -> Tensor:
     """Add N(0, std^2) to every element of `grad`, in place, by the 53-bit profile.
 
@@ -31,6 +48,7 @@ def add_training_noise_(
         parameter: the parameter's number, below 2**32.
         step: the optimiser step's number.
         first_element: index, in the whole parameter, of the first element of `grad`.
+        run: what adds ChaCha20 noise on the CPU, to contiguous memory; by default this package's own.
     Returns: `grad`.
     Raises: PrivacyParameterError for another dtype, a negative or non-finite std, another purpose, or a
         coordinate past its bound.
@@ -50,14 +68,14 @@ def add_training_noise_(
         integer(name, value, least=0)
     if std == 0:
         return grad
-    flat = grad.detach().reshape(-1)
+    flat = grad.detach().contiguous().view(-1)
     if key.generator == "chacha20" and device.type == "cpu":
         for (name, bound), value in zip(
             CHACHA_TRAINING_BM64.fields, (parameter, step, first_element + flat.numel() - 1), strict=True
         ):
             require(value < bound, f"the noise counter's {name} must be in [0, {bound})", value, "Use a new key.")
         secret = key.words.numpy().astype("<u4").tobytes()
-        add_run_(flat, std, secret, parameter=parameter, step=step, first_element=first_element)
+        (run or add_run_)(flat, std, secret, parameter=parameter, step=step, first_element=first_element)
     else:
         _add_pairs_(flat, std, key, parameter, step, first_element)
     if flat.data_ptr() != grad.data_ptr():

@@ -1,0 +1,2 @@
+#define NAMESPACE portable
+#include "noise.inc.hpp"

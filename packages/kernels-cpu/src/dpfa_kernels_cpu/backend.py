@@ -1,0 +1,53 @@
+"""The backend: torch's, with the noise of training from the compiled library."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from dpfa_core.contracts import NoiseKey
+from dpfa_core.errors import PluginError
+from dpfa_core.spec import AttentionProblem, NoisePlan, Reasons
+from dpfa_kernels_cpu.library import library
+from dpfa_kernels_cpu.training_run import add_run_
+from dpfa_kernels_torch.backend import TorchBackend
+from dpfa_kernels_torch.noise.training_noise import add_training_noise_
+
+
+class CpuBackend(TorchBackend):
+    """Private training on CPUs; releases are not offered yet.
+
+    Per-sample norms and sums are torch's own, whose matrix products are the fastest there are.
+
+    Guarantee: tested (each method names its own).
+    """
+
+    name = "cpu"
+    ops = frozenset({"training", "per_sample"})
+
+    def supports(self, op: str, problem: AttentionProblem | None, plan: NoisePlan | None) -> Reasons:
+        """Reasons against running `op`, one sentence each."""
+        if op not in self.ops:
+            return (f"{op} is not offered by the native CPU kernels yet.",)
+        try:
+            library()
+        except PluginError as error:
+            return (str(error),)
+        return ()
+
+    def add_noise_(
+        self,
+        grad: Tensor,
+        std: float,
+        key: NoiseKey,
+        *,
+        parameter: int,
+        step: int,
+        first_element: int = 0,
+    ) -> Tensor:
+        """Gaussian noise on a summed gradient, in place, as torch's backend adds it; see ``training_noise`` there.
+
+        Guarantee: tested (equal to torch's in float32, to rounding in float64).
+        """
+        return add_training_noise_(
+            grad, std, key, parameter=parameter, step=step, first_element=first_element, run=add_run_
+        )
