@@ -82,6 +82,14 @@ def _noise_bits() -> str:
 
 
 def _noise_law() -> str:
+    from dpfa_core.selection import select
+
+    # the backend that training takes here, and the one that others are compared with
+    names = dict.fromkeys((select("training", None, None).name, "torch"))
+    return "; ".join(f"{name}: {_noise_law_of(name)}" for name in names)
+
+
+def _noise_law_of(name: str) -> str:
     import torch
     from scipy import stats
 
@@ -90,14 +98,14 @@ def _noise_law() -> str:
 
     count, std = 200_000, 2.0
     noise = torch.zeros(count)
-    backend("torch").add_noise_(noise, std, KeySource().key("training"), parameter=0, step=0)
+    backend(name).add_noise_(noise, std, KeySource().key("training"), parameter=0, step=0)
     values = noise.double().numpy() / std
     # Two-sided at 1e-6 each: a sound installation fails once in half a million runs.
     chi = float((values**2).sum())
     low, high = stats.chi2.ppf([0.5e-6, 1 - 0.5e-6], count)
-    _expect(low < chi < high, f"the variance of the noise is {chi / count:.4f} of the planned one")
+    _expect(low < chi < high, f"the variance of the noise of {name} is {chi / count:.4f} of the planned one")
     p_value = float(stats.kstest(values, "norm").pvalue)
-    _expect(p_value > 1e-6, f"the noise is not Gaussian (Kolmogorov-Smirnov p = {p_value:.2g})")
+    _expect(p_value > 1e-6, f"the noise of {name} is not Gaussian (Kolmogorov-Smirnov p = {p_value:.2g})")
     return f"{count} fresh training noises: variance {chi / count:.4f} of the planned one, p = {p_value:.2f}"
 
 

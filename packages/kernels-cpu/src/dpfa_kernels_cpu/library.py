@@ -1,4 +1,4 @@
-"""The compiled library: found in its own folder of this package, loaded once, plain C functions, run without the GIL."""
+"""The compiled library: found in a folder of this package, loaded once, plain C functions, run without the GIL."""
 
 from __future__ import annotations
 
