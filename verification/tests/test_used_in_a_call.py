@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dpfa_core.ledger import Ledger
+from dpfa_core.registry import BACKENDS
 from dpfa_verification.conformance import check_mechanism
 
 attention = pytest.importorskip(
@@ -34,7 +35,7 @@ def test_a_verified_third_party_mechanism_noises_a_release(use: Callable[[str], 
     assert (stats.privacy_mechanism, stats.noise_multiplier) == ("power_of_two", 4.0)
     assert stats.noise_std > ours.noise_std
     first, second = ledger.releases()
-    assert (first.mechanism, first.backend) == ("power_of_two", "torch")
+    assert (first.mechanism, first.backend) == ("power_of_two", stats.backend)
     assert ("acme-power-of-two", "2.1") in first.versions
     assert second.mechanism == "gaussian"
 
@@ -43,7 +44,7 @@ def test_a_third_party_backend_runs_only_when_asked_for_by_name(use: Callable[[s
     use("broken")
     ledger = Ledger.memory(unit="sequence", relation="replace", delta=1e-5)
     _, stats = release(ledger)
-    assert stats.backend == "torch"
+    assert BACKENDS.entry(ours := stats.backend).first_party
     _, stats = release(ledger, backend="reused_noise")
     assert stats.backend == "reused_noise"
-    assert [line.backend for line in ledger.releases()] == ["torch", "reused_noise"]
+    assert [line.backend for line in ledger.releases()] == [ours, "reused_noise"]

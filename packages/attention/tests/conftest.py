@@ -17,6 +17,7 @@ from dpfa_attention import pricing
 from dpfa_core import selection
 from dpfa_core.ledger import Ledger
 from dpfa_core.registry import MECHANISMS
+from dpfa_core.spec import AttentionProblem, NoisePlan
 
 ALPHA = 1e-6
 
@@ -58,7 +59,7 @@ def ledger() -> Ledger:
 
 
 class Watched:
-    """The torch backend; `before` runs ahead of each release."""
+    """The backend that releases take here; `before` runs ahead of each release."""
 
     def __init__(self, inner: Any) -> None:
         self.inner, self.calls, self.plans = inner, 0, []
@@ -75,9 +76,18 @@ class Watched:
 
 
 @pytest.fixture
-def watched(monkeypatch: pytest.MonkeyPatch) -> Watched:
-    spy = Watched(selection.backend("torch"))
-    monkeypatch.setitem(selection._instances, "torch", spy)
+def releasing() -> str:
+    """The backend that "auto" takes for releases here: with the native kernels "cpu", without them "torch"."""
+    problem = AttentionProblem(batch=1, q_len=1, kv_len=1, q_heads=1, kv_heads=1, head_dim=1)
+    silent = NoisePlan(mechanism="none", distribution="none", head_scale=(0.0,))
+    return selection.select("release", problem, silent).name
+
+
+@pytest.fixture
+def watched(monkeypatch: pytest.MonkeyPatch, releasing: str) -> Watched:
+    spy = Watched(selection.backend(releasing))
+    for name in ("cpu", "torch"):
+        monkeypatch.setitem(selection._instances, name, spy)
     return spy
 
 

@@ -232,11 +232,11 @@ def test_non_contiguous_inputs_are_the_same_inputs(inputs: Callable[..., Any], l
     assert torch.equal(one, dp_flash_attn_func(*turned, **PLAIN, ledger=ledger))
 
 
-def test_stats_state_the_promise(inputs: Callable[..., Any], ledger: Ledger) -> None:
+def test_stats_state_the_promise(inputs: Callable[..., Any], ledger: Ledger, releasing: str) -> None:
     _, stats = dp_flash_attn_func(*inputs(), **PRIVATE, ledger=ledger, return_privacy_stats=True)
     assert 0.999 < stats.epsilon_spent <= 1.0
     assert (stats.delta, stats.unit, stats.relation, stats.scope) == (1e-5, "sequence", "replace", "release")
-    assert (stats.privacy_mechanism, stats.backend, stats.secure_noise) == ("gaussian", "torch", True)
+    assert (stats.privacy_mechanism, stats.backend, stats.secure_noise) == ("gaussian", releasing, True)
     assert f"{stats.epsilon_spent:.2f} {stats.grad_norm:.3f}" == "1.00 nan"
     assert [line.id for line in ledger.releases()] == [stats.event_id]
 

@@ -1,4 +1,4 @@
-"""The backend: torch's, with the noise of training from the compiled library."""
+"""The backend: torch's, with its noise from the compiled library."""
 
 from __future__ import annotations
 
@@ -8,31 +8,35 @@ from dpfa_core.contracts import NoiseKey
 from dpfa_core.errors import PluginError
 from dpfa_core.spec import AttentionProblem, NoisePlan, Reasons
 from dpfa_kernels_cpu.library import library
+from dpfa_kernels_cpu.release_run import add_release_run_, functions
 from dpfa_kernels_cpu.training_run import add_run_
 from dpfa_kernels_torch.backend import TorchBackend
 from dpfa_kernels_torch.noise.training_noise import add_training_noise_
 
 
 class CpuBackend(TorchBackend):
-    """Private training on CPUs; releases are not offered yet.
+    """Private releases and training on CPUs.
 
-    Per-sample norms and sums are torch's own, whose matrix products are the fastest there are.
+    Matrix products are torch's own, the fastest there are; so is discrete noise, and that of Philox keys.
 
     Guarantee: tested (each method names its own).
     """
 
     name = "cpu"
-    ops = frozenset({"training", "per_sample"})
+    release_run = staticmethod(add_release_run_)
 
     def supports(self, op: str, problem: AttentionProblem | None, plan: NoisePlan | None) -> Reasons:
         """Reasons against running `op`, one sentence each."""
-        if op not in self.ops:
-            return (f"{op} is not offered by the native CPU kernels yet.",)
         try:
             library()
+            if op in ("release", "privatize"):
+                functions()
         except PluginError as error:
             return (str(error),)
-        return ()
+        reasons = super().supports(op, problem, plan)
+        if problem is not None and problem.device != "cpu":
+            reasons += (f"The native CPU kernels run on the cpu, got {problem.device}.",)
+        return reasons
 
     def add_noise_(
         self,

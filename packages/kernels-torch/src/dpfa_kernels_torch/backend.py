@@ -23,6 +23,8 @@ from dpfa_kernels_torch.epilogue import epilogue
 from dpfa_kernels_torch.noise.discrete_noise import DISCRETE_LAYOUTS, LARGEST
 from dpfa_kernels_torch.noise.draw import TRANSFORMS
 from dpfa_kernels_torch.noise.layout import LAYOUTS, RELEASE_FIELDS
+from dpfa_kernels_torch.noise.release_noise import ReleaseRun
+from dpfa_kernels_torch.noise.release_run import add_release_run_
 from dpfa_kernels_torch.noise.training_noise import add_training_noise_
 from dpfa_kernels_torch.per_sample import RULES
 from dpfa_kernels_torch.per_sample.rule import Rule, float32_above
@@ -53,6 +55,8 @@ class TorchBackend:
     contract_version = 1
     name = "torch"
     ops = frozenset({"release", "privatize", "training", "per_sample"})
+    release_run: ReleaseRun = staticmethod(add_release_run_)
+    """What adds the ChaCha20 noise of a release on the CPU."""
 
     def supports(self, op: str, problem: AttentionProblem | None, plan: NoisePlan | None) -> Reasons:
         """Reasons against running `op`, one sentence each."""
@@ -121,7 +125,7 @@ class TorchBackend:
             cleaned = cleaned_inputs(q, k, v, problem, plan.norm, working_dtype(q), tensors.whiten)
             rows = attention(*cleaned, problem, softmax_scale, bias).to(_noise_dtype(q))
             clip = problem.clip == "output" and problem.clip_norm is not None
-            out = epilogue(rows, problem, plan, tensors, key, clip=clip).to(q.dtype)
+            out = epilogue(rows, problem, plan, tensors, key, clip=clip, run=self.release_run).to(q.dtype)
         return out, self.saved(q, k, v, problem, plan, tensors, softmax_scale=softmax_scale, bias=bias)
 
     def saved(
@@ -186,7 +190,8 @@ class TorchBackend:
             problem.clip_norm,
         )
         with plain_arithmetic(x.device):
-            return x.copy_(epilogue(x.to(_noise_dtype(x)), problem, plan, tensors, key, clip=clip_rows))
+            rows = x.to(_noise_dtype(x))
+            return x.copy_(epilogue(rows, problem, plan, tensors, key, clip=clip_rows, run=self.release_run))
 
     def sqnorm(self, kind: str, saved: tuple[Any, ...], *, method: str = "auto") -> Tensor:
         """An upper bound of each sample's squared gradient norm, accumulated in float64.
@@ -276,7 +281,7 @@ class TorchBackend:
     def _refuse(self, op: str, problem: AttentionProblem, plan: NoisePlan) -> None:
         reasons = self.supports(op, problem, plan)
         if reasons:
-            raise PrivacyParameterError(f"the torch backend cannot run {op!r} here: {' '.join(reasons)}")
+            raise PrivacyParameterError(f"the {self.name} backend cannot run {op!r} here: {' '.join(reasons)}")
 
 
 def _weighted(kind: str, saved: tuple[Any, ...], factors: Tensor) -> tuple[Rule, tuple[Any, ...], Tensor]:

@@ -8,7 +8,8 @@ from dpfa_core.contracts import NoiseKey, PlanTensors
 from dpfa_core.spec import AttentionProblem, NoisePlan
 from dpfa_kernels_torch.clipping import clip_rows, zero_unless_finite
 from dpfa_kernels_torch.noise.discrete_noise import discrete_noise
-from dpfa_kernels_torch.noise.release_noise import release_noise
+from dpfa_kernels_torch.noise.release_noise import ReleaseRun, add_release_noise_
+from dpfa_kernels_torch.noise.release_run import add_release_run_
 from dpfa_kernels_torch.products import product
 
 
@@ -20,6 +21,7 @@ def epilogue(
     key: NoiseKey,
     *,
     clip: bool,
+    run: ReleaseRun = add_release_run_,
 ) -> Tensor:
     """The rows of x clipped (if asked) and noised, in x's dtype: float32 or float64, not yet rounded.
 
@@ -35,5 +37,5 @@ def epilogue(
         # both are integers of float64, so their sum is exact; rounding it afterwards hides nothing and shows nothing
         return (((x.double() / plan.grid).round() + discrete_noise(problem, plan, key)) * plan.grid).to(x.dtype)
     if plan.distribution != "none":
-        x = x + release_noise(problem, plan, key, x.dtype, None if tensors.project is not None else tensors.mix)
+        add_release_noise_(x, problem, plan, key, None if tensors.project is not None else tensors.mix, run)
     return x if tensors.project is None else product(x, tensors.mix.T)

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from dpfa_core.errors import PrivacyParameterError
+from dpfa_core.registry import BACKENDS
 from dpfa_training.engine import Engine
 from dpfa_training.sampling import Draws
 
@@ -128,7 +129,7 @@ def binding(engine: Engine, sampler: Draws) -> str | None:
         "python": platform.python_version(),
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
-        "backend": engine.backend_name,
+        "backend": (engine.backend_name, BACKENDS.entry(engine.backend_name).version),
     }
     text = json.dumps(parts, sort_keys=True)
     return hashlib.blake2b(text.encode(), key=engine.secret(), digest_size=32).hexdigest()

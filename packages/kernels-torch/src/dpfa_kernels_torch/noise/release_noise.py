@@ -1,6 +1,8 @@
-"""The noise of one release, as a tensor."""
+"""The noise of one release."""
 
 from __future__ import annotations
+
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -9,7 +11,7 @@ from dpfa_core.contracts import NoiseKey
 from dpfa_core.spec import AttentionProblem, NoisePlan
 from dpfa_kernels_torch.noise.draw import pairs
 from dpfa_kernels_torch.noise.layout import release_counts
-from dpfa_kernels_torch.noise.release_run import release_run
+from dpfa_kernels_torch.noise.release_run import add_release_run_
 from dpfa_kernels_torch.visibility import visible_counts
 
 CHUNK = 1 << 18
@@ -33,6 +35,12 @@ def drawn_columns(plan: NoisePlan, head_dim: int) -> int:
     return int(dict(structure.parameters)["rank" if structure.kind == "low_rank" else "kept"])
 
 
+class ReleaseRun(Protocol):
+    """Adds the ChaCha20 noise of a whole release to x (B, S, H, columns) on the CPU, in place."""
+
+    def __call__(self, x: Tensor, scale: Tensor, key: NoiseKey, distribution: str, transform: str) -> None: ...
+
+
 def release_noise(
     problem: AttentionProblem,
     plan: NoisePlan,
@@ -40,32 +48,45 @@ def release_noise(
     dtype: torch.dtype = torch.float32,
     mix: Tensor | None = None,
 ) -> Tensor:
-    """The noise of a release: standard values times their scale in float64, rounded once to `dtype`.
+    """The noise of a release alone: what ``add_release_noise_`` adds to zeros.
+
+    Returns: `dtype` [B, S, H, D], or [B, S, H, columns] where the plan's structure projects.
+    """
+    columns = drawn_columns(plan, problem.head_dim)
+    shape = (problem.batch, problem.q_len, problem.q_heads, columns)
+    return add_release_noise_(torch.zeros(shape, dtype=dtype, device=key.words.device), problem, plan, key, mix)
+
+
+def add_release_noise_(
+    x: Tensor,
+    problem: AttentionProblem,
+    plan: NoisePlan,
+    key: NoiseKey,
+    mix: Tensor | None = None,
+    run: ReleaseRun = add_release_run_,
+) -> Tensor:
+    """Add a release's noise to `x`, in place: standard values times their scale in float64, rounded once to x's dtype.
 
     Where a structure projects, the noise has as many columns as it projects to, and the counters count these.
 
     Guarantee: tested (known counters, laws at fixed seeds, independence over every coordinate).
     Args:
-        key: a key of purpose "release"; the noise lies on its device.
+        x: float32 or float64 [B, S, H, D], or [B, S, H, columns] where the plan's structure projects.
+        key: a key of purpose "release", on x's device.
         mix: [D, D], a root of the noise's covariance: each row z becomes ``z @ mix.T`` before it is rounded.
-    Returns: `dtype` [B, S, H, D], or [B, S, H, columns] where the plan's structure projects.
+        run: what adds ChaCha20 noise on the CPU; by default this package's own.
+    Returns: `x`.
     """
-    device = key.words.device
-    if key.generator == "chacha20" and device.type == "cpu":
-        return _run(problem, plan, key, dtype, mix)
-    return noise_by_definition(problem, plan, key, dtype, mix)
-
-
-def _run(problem: AttentionProblem, plan: NoisePlan, key: NoiseKey, dtype: torch.dtype, mix: Tensor | None) -> Tensor:
-    B, S, H, D = problem.batch, problem.q_len, problem.q_heads, drawn_columns(plan, problem.head_dim)
-    scale = noise_scale(problem, plan)
-    if scale.numel() > 1:
-        scale = scale.expand(B, S, H).transpose(1, 2).reshape(B * H, S)
-    noise = torch.empty(B * H, S, D, dtype=dtype if mix is None else torch.float64)
-    release_run(key, plan.distribution, plan.transform, batch=B, heads=H, scale=scale, columns=D, out=noise)
+    if key.generator != "chacha20" or key.words.device.type != "cpu":
+        return x.add_(noise_by_definition(problem, plan, key, x.dtype, mix))
+    target = x if mix is None else torch.zeros_like(x, dtype=torch.float64)
+    scale = noise_scale(problem, plan).expand(x.shape[:3])
+    run(target, scale, key, plan.distribution, plan.transform)
     if mix is not None:
-        noise = torch.cat([(part @ mix.to(part).T).to(dtype) for part in noise.split(max(1, CHUNK // (S * D)))])
-    return noise.reshape(B, H, S, D).transpose(1, 2)
+        rows = max(1, CHUNK // x[:, :1].numel())
+        for part, noise in zip(x.split(rows, dim=1), target.split(rows, dim=1), strict=True):
+            part += (noise @ mix.to(noise).T).to(x.dtype)
+    return x
 
 
 def noise_by_definition(

@@ -27,28 +27,41 @@ ONE = torch.ones((), dtype=torch.float64)
 _of_thread = threading.local()
 
 
-def release_run(
-    key: NoiseKey,
-    distribution: str,
-    transform: str,
-    *,
-    batch: int,
-    heads: int,
-    scale: Tensor,
-    columns: int,
-    out: Tensor,
-) -> None:
-    """Write the scaled noise of every value of a release into `out`.
-
-    Guarantee: tested (equal to ``draw.pairs`` at the same coordinates).
-    Args: `scale`, float64 [batch * heads, rows] or [1, 1]; `out`, float32 or float64 [batch * heads, rows, columns].
-    """
-    streams, rows = out.shape[:2]
+def check_counters(x: Tensor, key: NoiseKey) -> int:
+    """The release's number; raises PrivacyParameterError where it, or the size of `x` (B, S, H, columns), reaches the
+    bound of its counter."""
     release = int(key.release.view(torch.int64))
+    batch, rows, heads, columns = x.shape
     last = {"batch": batch - 1, "head": heads - 1, "row": rows - 1, "column": columns - 1, "release": release}
     for name, bound in RELEASE_FIELDS:
         value = last[name]
         require(value < bound, f"the noise counter's {name} must be in [0, {bound})", value, "Split the work.")
+    return release
+
+
+def add_release_run_(x: Tensor, scale: Tensor, key: NoiseKey, distribution: str, transform: str) -> None:
+    """Add the noise of a whole release to `x` (B, S, H, columns) float32 or float64, in place.
+
+    Guarantee: tested (equal to ``draw.pairs`` at the same coordinates).
+    Args: scale: float64 (B, S, H), of any strides.
+    """
+    release = check_counters(x, key)
+    B, S, H, D = x.shape
+    if any(scale.stride()):
+        scale = scale.transpose(1, 2).reshape(B * H, S)
+    else:
+        scale = scale[:1, :1, 0]
+    noise = torch.empty(B * H, S, D, dtype=x.dtype)
+    _run(noise, scale, key, release, distribution, transform)
+    x += noise.view(B, H, S, D).transpose(1, 2)
+
+
+def _run(out: Tensor, scale: Tensor, key: NoiseKey, release: int, distribution: str, transform: str) -> None:
+    """Write the scaled noise of every value of a release into `out`.
+
+    Args: `out`, float32 or float64 [batch * heads, rows, columns]; `scale`, float64 [batch * heads, rows] or [1, 1].
+    """
+    streams, rows, columns = out.shape
     secret = key.words.numpy().astype("<u4").tobytes()
     words = (release & 0xFFFFFFFF, release >> 32)
     # columns that one block spreads over, and the pairs of a row that lie in it

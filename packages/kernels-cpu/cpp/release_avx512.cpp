@@ -1,0 +1,2 @@
+#define NAMESPACE avx512
+#include "release.inc.hpp"

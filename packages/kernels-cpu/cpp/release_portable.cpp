@@ -1,0 +1,2 @@
+#define NAMESPACE portable
+#include "release.inc.hpp"
