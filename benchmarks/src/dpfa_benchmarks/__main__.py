@@ -1,4 +1,4 @@
-"""``python -m dpfa_benchmarks``: list, run, training, plot."""
+"""``python -m dpfa_benchmarks``: list, run, training, long-release, plot."""
 
 from __future__ import annotations
 
@@ -35,6 +35,10 @@ def main(arguments: list[str]) -> int:
     run.add_argument("case", nargs="?", help="its name; without one, every case runs")
     _add_run_options(run)
     _add_run_options(commands.add_parser("training", help="private_step on every model, with the options of run"))
+    long = commands.add_parser("long-release", help="one long forward call: seconds and peak memory of its process")
+    long.add_argument("--length", type=int, default=16384, help="tokens; memory grows linearly with them")
+    long.add_argument("--threads", type=int, default=1)
+    long.add_argument("--json", action="store_true", help="print one JSON object")
     plot = commands.add_parser("plot", help="pictures and tables of the newest records, for the docs")
     plot.add_argument("--records", type=Path, default=Path("benchmarks/records"))
     plot.add_argument("--out", type=Path, default=Path("docs/benchmarks"))
@@ -44,6 +48,8 @@ def main(arguments: list[str]) -> int:
             return _list()
         if options.command == "plot":
             return _plot(options.records, options.out)
+        if options.command == "long-release":
+            return _long_release(options)
         if options.command == "training":
             return _training(arguments[arguments.index("training") + 1 :])
         return _run(options, arguments)
@@ -77,6 +83,22 @@ def _training(options: list[str]) -> int:
         messages.print(f"private_step, {model}", style="bold")
         worst = max(worst, main(["run", "private_step", "--set", f"model={model}", *options]))
     return worst
+
+
+def _long_release(options: argparse.Namespace) -> int:
+    from dpfa_benchmarks.long_release import LIMIT, long_release
+
+    if options.length < 1 or options.threads < 1:
+        raise ValueError("--length and --threads must be at least 1.")
+    found = long_release(options.length, threads=options.threads)
+    if options.json:
+        sys.stdout.write(json.dumps(found, sort_keys=True) + "\n")
+    else:
+        answers.print(
+            f"{found['length']} tokens, backend {found['backend']}: {found['seconds']:.1f} s, "
+            f"{found['peak_rss_bytes'] / 2**20:.0f} MiB at most"
+        )
+    return DONE if found["peak_rss_bytes"] < LIMIT else FAILED
 
 
 def _list() -> int:

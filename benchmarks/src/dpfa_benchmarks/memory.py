@@ -45,11 +45,11 @@ def measure(case_name: str, contender_name: str, parameters: Mapping[str, Any], 
     step = contender.build()
     _warm_up_torch()
     gc.collect()
-    _forget_peak()
+    _forgetpeak()
     before = psutil.Process().memory_info().rss
     for _ in range(STEPS):
         step()
-    return max(0, _peak() - before)
+    return max(0, peak() - before)
 
 
 def _warm_up_torch() -> None:
@@ -60,12 +60,12 @@ def _warm_up_torch() -> None:
     torch.nn.functional.gelu(torch.nn.functional.linear(x, x)).sum().backward()
 
 
-def _forget_peak() -> None:
+def _forgetpeak() -> None:
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
-def _peak() -> int:
+def peak() -> int:
     """Largest resident size since ``_forget_peak``; without /proc, since the process began."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():

@@ -18,6 +18,7 @@ OURS = (
     "dpfa-accounting",
     "dpfa-attention",
     "dpfa-core",
+    "dpfa-kernels-cpu",
     "dpfa-kernels-torch",
     "dpfa-mechanisms",
     "dpfa-training",

@@ -86,6 +86,7 @@ def ours(parameters: Mapping[str, Any], epsilon: float) -> Attend:
             delta=parameters["delta"],
             clip_norm=parameters["clip_norm"],
             ledger=ledger,
+            backend=parameters.get("backend", "auto"),
         )
         assert isinstance(out, Tensor)  # noqa: S101  (no statistics were asked for)
         return out
