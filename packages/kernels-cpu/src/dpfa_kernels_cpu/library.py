@@ -14,10 +14,26 @@ LEVELS = ("portable", "AVX2", "AVX-512")
 
 _NAMES = ("dpfa_native.so", "dpfa_native.dylib", "dpfa_native.dll")
 
+_LEVEL, _POINTER, _SIZE, _BLOCK = ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint32
+_STREAM = ctypes.POINTER(ctypes.c_uint32)
+_NOISE = (_LEVEL, _POINTER, _SIZE, _SIZE, ctypes.c_double, ctypes.c_char_p, _BLOCK, _STREAM)
+_RELEASE = (_LEVEL, ctypes.c_int, _POINTER, _POINTER)
+_ARGUMENTS = {
+    "dpfa_best_level": (),
+    "dpfa_add_noise_f32": _NOISE,
+    "dpfa_add_noise_f64": _NOISE,
+    "dpfa_add_release_f32": _RELEASE,
+    "dpfa_add_release_f64": _RELEASE,
+    "dpfa_key_stream": (_LEVEL, _POINTER, ctypes.c_int64, ctypes.c_char_p, _BLOCK, _STREAM),
+    "dpfa_bare_squares": (_LEVEL, _POINTER, _SIZE, _SIZE, _POINTER),
+    "dpfa_embedding_squares": (_LEVEL, *[_POINTER] * 3, ctypes.c_int64, *[_SIZE] * 3, *[_POINTER] * 3),
+}
+"""Of every function, which all return an int. The sizes of the pointed-at memory are for the callers to keep."""
+
 
 @lru_cache(maxsize=1)
 def library() -> ctypes.CDLL:
-    """Raises: PluginError where it was not built or cannot be loaded."""
+    """Raises: PluginError where it was not built, cannot be loaded, or is of older sources."""
     folders = [Path(folder) / "native" for folder in dpfa_kernels_cpu.__path__]
     found = [folder / name for folder in folders for name in _NAMES if (folder / name).is_file()]
     if not found:
@@ -29,21 +45,21 @@ def library() -> ctypes.CDLL:
         native = ctypes.CDLL(str(found[0]))
     except OSError as error:
         raise PluginError(f"the library of dpfa-kernels-cpu cannot be loaded: {error}") from error
-    native.dpfa_best_level.restype = ctypes.c_int
-    for name in ("dpfa_add_noise_f32", "dpfa_add_noise_f64"):
-        function = getattr(native, name)
-        function.restype = ctypes.c_int
-        function.argtypes = (
-            ctypes.c_int,
-            ctypes.c_void_p,
-            ctypes.c_size_t,
-            ctypes.c_size_t,
-            ctypes.c_double,
-            ctypes.c_char_p,
-            ctypes.c_uint32,
-            ctypes.POINTER(ctypes.c_uint32),
-        )
+    for name, arguments in _ARGUMENTS.items():
+        try:
+            each = getattr(native, name)
+        except AttributeError as error:
+            raise PluginError(
+                f"the library of dpfa-kernels-cpu must be built from the sources beside it, got one without {name}; "
+                "install the package again."
+            ) from error
+        each.restype, each.argtypes = ctypes.c_int, arguments
     return native
+
+
+def function(name: str) -> ctypes._CFuncPtr:
+    """A function of the library, by its name in C. Raises: PluginError as ``library``."""
+    return getattr(library(), name)
 
 
 @lru_cache(maxsize=1)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from dpfa_core.contracts import NoiseKey
-from dpfa_core.errors import PluginError
-from dpfa_kernels_cpu.library import best_level, library
+from dpfa_kernels_cpu.library import best_level, function
 from dpfa_kernels_torch.noise.release_run import check_counters
 from dpfa_kernels_torch.noise.training_run import workers
 
@@ -41,23 +39,6 @@ class Release(ctypes.Structure):
     )
 
 
-@lru_cache(maxsize=1)
-def functions() -> tuple[ctypes._CFuncPtr, ctypes._CFuncPtr]:
-    """For float32 and float64. Raises: PluginError where the library was not built, or from older sources."""
-    native = library()
-    try:
-        found = native.dpfa_add_release_f32, native.dpfa_add_release_f64
-    except AttributeError as error:
-        raise PluginError(
-            "the library of dpfa-kernels-cpu must be built from the sources beside it, got one without the noise of "
-            "releases; install the package again."
-        ) from error
-    for function in found:
-        function.restype = ctypes.c_int
-        function.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes.POINTER(Release))
-    return found
-
-
 def add_release_run_(
     x: Tensor, scale: Tensor, key: NoiseKey, distribution: str, transform: str, *, level: int | None = None
 ) -> None:
@@ -69,7 +50,8 @@ def add_release_run_(
     """
     release = check_counters(x, key)
     level = best_level() if level is None else level
-    function, law = functions()[x.dtype == torch.float64], LAWS[distribution, transform]
+    add = function("dpfa_add_release_f64" if x.dtype == torch.float64 else "dpfa_add_release_f32")
+    law = LAWS[distribution, transform]
     secret = key.words.numpy().astype("<u4").tobytes()
     # columns must lie side by side
     out = x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
@@ -79,7 +61,7 @@ def add_release_run_(
     def part(bounds: tuple[int, int]) -> None:
         number = (release & 0xFFFFFFFF, release >> 32)
         place = Release(S, H, D, out.stride()[:3], scale.data_ptr(), scale.stride(), *bounds, secret, number)
-        failed = function(level, law, out.data_ptr(), place)
+        failed = add(level, law, out.data_ptr(), ctypes.byref(place))
         assert not failed, level  # noqa: S101  (a level that `best_level` gave was built)
 
     threads = torch.get_num_threads()

@@ -7,11 +7,11 @@ import ctypes
 import torch
 from torch import Tensor
 
-from dpfa_kernels_cpu.library import best_level, library
+from dpfa_kernels_cpu.library import best_level, function
 from dpfa_kernels_torch.noise.training_run import workers
 
-SMALL = 1 << 13
-"""Elements that one thread adds quicker than two can be asked to."""
+SMALL = 1 << 17
+"""Elements that one thread adds about as quickly as two that have to be woken (two AMD EPYC cores, November 2026)."""
 
 OF_BLOCK = 8
 """Elements whose noise one block of the key stream makes."""
@@ -33,14 +33,14 @@ def add_run_(
     Args: level: the instruction set, a number into ``LEVELS``; the processor's best by default.
     """
     level = best_level() if level is None else level
-    function = library().dpfa_add_noise_f32 if flat.dtype == torch.float32 else library().dpfa_add_noise_f64
+    add = function("dpfa_add_noise_f32" if flat.dtype == torch.float32 else "dpfa_add_noise_f64")
     stream = (ctypes.c_uint32 * 3)(parameter, step & 0xFFFFFFFF, step >> 32)
     size, address, width = flat.numel(), flat.data_ptr(), flat.element_size()
 
     def part(bounds: tuple[int, int]) -> None:
         start, stop = bounds
         block, skip = divmod(first_element + start, OF_BLOCK)
-        failed = function(level, address + start * width, skip, stop - start, std, secret, block, stream)
+        failed = add(level, address + start * width, skip, stop - start, std, secret, block, stream)
         assert not failed, level  # noqa: S101  (a level that `best_level` gave was built)
 
     threads = torch.get_num_threads()

@@ -14,7 +14,7 @@ from dpfa_kernels_torch.per_sample.rule import Rule, require_shape, sample_block
 
 def sqnorm(saved: tuple[Any, ...], method: str) -> Tensor:
     """Segment sums by (sample, token), then squares: O(T * d), no one-hot."""
-    ids, g, rows, padding = _checked(saved)
+    ids, g, rows, padding = checked(saved)
     B, T, d = g.shape
     result = torch.empty(B, dtype=torch.float64, device=g.device)
     for some in sample_blocks(B, 2 * T * d):
@@ -38,7 +38,7 @@ def clipped_grad(saved: tuple[Any, ...], factors: Tensor) -> Tensor:
 
 def add_clipped_grad_(total: Tensor, saved: tuple[Any, ...], factors: Tensor) -> Tensor:
     """The same, added to `total`: touches the rows of the batch's tokens only."""
-    ids, g, _, padding = _checked(saved)
+    ids, g, _, padding = checked(saved)
     weights = torch.where(_counted(ids, padding), factors.to(total.dtype).unsqueeze(-1), 0.0)
     terms = g.to(total.dtype) * weights.unsqueeze(-1)
     return total.index_add_(0, ids.flatten(), terms.reshape(-1, g.shape[2]))
@@ -48,7 +48,7 @@ def _counted(ids: Tensor, padding: int | None) -> Tensor:
     return torch.ones_like(ids, dtype=torch.bool) if padding is None else ids != padding
 
 
-def _checked(saved: tuple[Any, ...]) -> tuple[Tensor, Tensor, int, int | None]:
+def checked(saved: tuple[Any, ...]) -> tuple[Tensor, Tensor, int, int | None]:
     ids, g, rows, padding = saved
     require_shape("token ids", ids, 2, "Give (samples, positions).")
     require_shape("the output gradient", g, 3, "Give (samples, positions, features).")

@@ -1,2 +1,4 @@
 #define NAMESPACE portable
+#include "noise.inc.hpp"
 #include "release.inc.hpp"
+#include "squares.inc.hpp"

@@ -1,2 +1,0 @@
-#define NAMESPACE avx512
-#include "noise.inc.hpp"

@@ -1,2 +1,0 @@
-#define NAMESPACE portable
-#include "noise.inc.hpp"

@@ -1,2 +1,0 @@
-#define NAMESPACE avx2
-#include "release.inc.hpp"
