@@ -22,6 +22,7 @@ def test_public_names_are_the_ones_listed() -> None:
         "PrivacySpent",
         "PrivacyStats",
         "PrivateMemory",
+        "RandomizedLabels",
         "ReleasePaths",
         "check_release_paths",
         "create_enhanced_dp_flash_attention",
@@ -32,5 +33,6 @@ def test_public_names_are_the_ones_listed() -> None:
         "dp_flash_attn_with_kvcache",
         "dp_scaled_dot_product_attention",
         "process_ledger",
+        "randomize_labels",
     ]
     assert all(callable(getattr(dpfa_attention, name)) for name in dpfa_attention.__all__)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from dpfa_attention.privacy_spent import PrivacySpent
     from dpfa_attention.private_memory import PrivateMemory
     from dpfa_attention.qkv_packed import dp_flash_attn_qkvpacked_func
+    from dpfa_attention.randomized_labels import RandomizedLabels, randomize_labels
     from dpfa_attention.release_paths import LeakingPath, ReleasePaths, check_release_paths
     from dpfa_attention.sdpa_layout import dp_scaled_dot_product_attention
     from dpfa_attention.stats import PrivacyStats
@@ -31,6 +32,7 @@ __all__ = [
     "PrivacySpent",
     "PrivacyStats",
     "PrivateMemory",
+    "RandomizedLabels",
     "ReleasePaths",
     "check_release_paths",
     "create_enhanced_dp_flash_attention",
@@ -41,6 +43,7 @@ __all__ = [
     "dp_flash_attn_with_kvcache",
     "dp_scaled_dot_product_attention",
     "process_ledger",
+    "randomize_labels",
 ]
 
 _WHERE = {
@@ -52,6 +55,7 @@ _WHERE = {
     "PrivacySpent": "privacy_spent",
     "PrivacyStats": "stats",
     "PrivateMemory": "private_memory",
+    "RandomizedLabels": "randomized_labels",
     "ReleasePaths": "release_paths",
     "check_release_paths": "release_paths",
     "create_enhanced_dp_flash_attention": "enhanced_module",
@@ -62,6 +66,7 @@ _WHERE = {
     "dp_flash_attn_with_kvcache": "kv_cache",
     "dp_scaled_dot_product_attention": "sdpa_layout",
     "process_ledger": "default_ledger",
+    "randomize_labels": "randomized_labels",
 }
 
 

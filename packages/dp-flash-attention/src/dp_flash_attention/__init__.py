@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         PrivacySpent,
         PrivacyStats,
         PrivateMemory,
+        RandomizedLabels,
         ReleasePaths,
         check_release_paths,
         create_enhanced_dp_flash_attention,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
         dp_flash_attn_varlen_func,
         dp_flash_attn_with_kvcache,
         dp_scaled_dot_product_attention,
+        randomize_labels,
     )
     from dpfa_core.ledger import Ledger
     from dpfa_training import clipped_gradients, engine_of, make_private, make_private_with_epsilon
@@ -45,6 +47,7 @@ _WHERE = {
     "PrivacySpent": "dpfa_attention",
     "PrivacyStats": "dpfa_attention",
     "PrivateMemory": "dpfa_attention",
+    "RandomizedLabels": "dpfa_attention",
     "ReleasePaths": "dpfa_attention",
     "check_release_paths": "dpfa_attention",
     "clipped_gradients": "dpfa_training",
@@ -60,6 +63,7 @@ _WHERE = {
     "make_private": "dpfa_training",
     "make_private_with_epsilon": "dpfa_training",
     "privacy_check": "dp_flash_attention.self_test",
+    "randomize_labels": "dpfa_attention",
 }
 
 __all__ = [
@@ -71,6 +75,7 @@ __all__ = [
     "PrivacySpent",
     "PrivacyStats",
     "PrivateMemory",
+    "RandomizedLabels",
     "ReleasePaths",
     "check_release_paths",
     "clipped_gradients",
@@ -86,6 +91,7 @@ __all__ = [
     "make_private",
     "make_private_with_epsilon",
     "privacy_check",
+    "randomize_labels",
 ]
 
 
