@@ -121,7 +121,7 @@ def residual_around_the_call(true: Twin) -> Twin:
 )
 def test_a_broken_release_is_caught(twin: Any) -> None:
     spec, problem = spec_of("token", "public"), problem_of()
-    found = ascend(twin(noiseless(TorchBackend())), spec, problem).distance
+    found = ascend(twin(noiseless(TorchBackend())), spec, problem, steps=60).distance
     assert found > 1.005 * sensitivity(spec, problem).value
 
 

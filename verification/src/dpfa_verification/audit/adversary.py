@@ -20,7 +20,7 @@ Release = Callable[[Tensor, Tensor, Tensor, AttentionProblem], Tensor]
 RATE = 0.3
 """Of Adam, in units of inputs that begin as standard normals."""
 
-PATIENCE, PROGRESS = 25, 1e-4
+PATIENCE, PROGRESS = 10, 1e-4
 """The climb ends where this many steps brought less than this share."""
 
 

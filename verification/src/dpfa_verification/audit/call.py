@@ -25,8 +25,9 @@ def options(spec: PrivacySpec, problem: AttentionProblem, **more: Any) -> dict[s
     """
     kept = {name: getattr(spec, name) for name in ("epsilon", "delta", "unit", "relation", "queries")}
     kept |= {name: getattr(problem, name) for name in ("causal", "clip", "clip_norm", "logit_bound")}
-    ledger = Ledger.memory(unit=spec.unit, relation=spec.relation)
-    return kept | {"window_size": problem.window, "ledger": ledger} | more
+    if "ledger" not in more:
+        more["ledger"] = Ledger.memory(unit=spec.unit, relation=spec.relation)
+    return kept | {"window_size": problem.window} | more
 
 
 def noiseless_call(spec: PrivacySpec, **more: Any) -> Release:
