@@ -24,6 +24,7 @@ def test_public_names_are_the_ones_listed() -> None:
         "PrivateMemory",
         "RandomizedLabels",
         "ReleasePaths",
+        "ReleasedAttention",
         "check_release_paths",
         "create_enhanced_dp_flash_attention",
         "create_research_mechanism",
@@ -34,5 +35,7 @@ def test_public_names_are_the_ones_listed() -> None:
         "dp_scaled_dot_product_attention",
         "process_ledger",
         "randomize_labels",
+        "register_dp_attention",
+        "release_attention",
     ]
     assert all(callable(getattr(dpfa_attention, name)) for name in dpfa_attention.__all__)

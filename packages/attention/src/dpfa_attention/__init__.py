@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from dpfa_attention.release_paths import LeakingPath, ReleasePaths, check_release_paths
     from dpfa_attention.sdpa_layout import dp_scaled_dot_product_attention
     from dpfa_attention.stats import PrivacyStats
+    from dpfa_attention.transformers_attention import register_dp_attention
+    from dpfa_attention.transformers_models import ReleasedAttention, release_attention
     from dpfa_attention.varlen import dp_flash_attn_varlen_func
 
 __version__ = "0.1.0"
@@ -34,6 +36,7 @@ __all__ = [
     "PrivateMemory",
     "RandomizedLabels",
     "ReleasePaths",
+    "ReleasedAttention",
     "check_release_paths",
     "create_enhanced_dp_flash_attention",
     "create_research_mechanism",
@@ -44,6 +47,8 @@ __all__ = [
     "dp_scaled_dot_product_attention",
     "process_ledger",
     "randomize_labels",
+    "register_dp_attention",
+    "release_attention",
 ]
 
 _WHERE = {
@@ -57,6 +62,7 @@ _WHERE = {
     "PrivateMemory": "private_memory",
     "RandomizedLabels": "randomized_labels",
     "ReleasePaths": "release_paths",
+    "ReleasedAttention": "transformers_models",
     "check_release_paths": "release_paths",
     "create_enhanced_dp_flash_attention": "enhanced_module",
     "create_research_mechanism": "mechanism_types",
@@ -67,6 +73,8 @@ _WHERE = {
     "dp_scaled_dot_product_attention": "sdpa_layout",
     "process_ledger": "default_ledger",
     "randomize_labels": "randomized_labels",
+    "register_dp_attention": "transformers_attention",
+    "release_attention": "transformers_models",
 }
 
 

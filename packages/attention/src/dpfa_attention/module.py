@@ -6,6 +6,7 @@ import dataclasses
 import math
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -23,7 +24,7 @@ from dpfa_attention.projection import linear, projected
 from dpfa_attention.stats import PrivacyStats
 from dpfa_attention.tensor_release import tensor_mechanism
 from dpfa_attention.training_engine import guarding_engine, spent_by
-from dpfa_attention.upstream_gradients import closed
+from dpfa_attention.upstream_gradients import released_under
 from dpfa_core.checks import fraction, integer, one_of, positive, require
 from dpfa_core.contracts import TensorMechanism
 from dpfa_core.errors import NotPrivateError
@@ -303,14 +304,8 @@ class DPFlashAttention(nn.Module):
         self, inputs: list[Tensor], *, causal: bool, lengths: tuple[tuple[int, int], ...]
     ) -> tuple[Tensor, PrivacyStats]:
         """What leaves, [B, S, H, D], with the tape that `upstream_gradients` allows."""
-        q, k, v = self._projected(inputs)
-        open_tape = self.upstream_gradients == "allow"
-        out, stats = self._released(
-            *((q, k, v) if open_tape else (q.detach(), k.detach(), v.detach())), causal=causal, lengths=lengths
-        )
-        if self.upstream_gradients is None:
-            out = closed(out, q, k, v)
-        return out, stats
+        release = partial(self._released, causal=causal, lengths=lengths)
+        return released_under(self.upstream_gradients, release, *self._projected(inputs))
 
     def _projected(self, inputs: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values [B, S, H, D] of query, key and value."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -82,23 +83,34 @@ def refuse_what_no_call_can_use(module: DPFlashAttention) -> None:
         module.dropout,
         "Dropped weights are rescaled, which no sensitivity here covers.",
     )
-    private = not math.isinf(module.epsilon) or module.head_epsilons is not None
-    problem = AttentionProblem(
-        batch=1,
-        q_len=1,
-        kv_len=1,
-        q_heads=module.num_heads,
-        kv_heads=module.num_heads,
-        head_dim=module.head_dim,
-        window=(module.window_size[0], module.window_size[1]),
-        clip=module.clip,
-        clip_norm=1.0 if private and module.clip_norm is None else module.clip_norm,
-        logit_bound=module.logit_bound,
+    refuse_without_sensitivity(
+        spec,
+        private=not math.isinf(module.epsilon) or module.head_epsilons is not None,
+        problem=one_token(
+            module.num_heads,
+            module.head_dim,
+            window=(module.window_size[0], module.window_size[1]),
+            clip=module.clip,
+            clip_norm=module.clip_norm,
+            logit_bound=module.logit_bound,
+        ),
     )
-    reasons = reasons_against(spec, problem, "l2") if private else ()
+    _refuse_heads(module.head_epsilons, module.num_heads, allow_infinite=module.allow_infinite_heads)
+
+
+def one_token(heads: int, head_dim: int, **terms: Any) -> AttentionProblem:
+    """The least that a release with these `terms` can be asked for."""
+    return AttentionProblem(batch=1, q_len=1, kv_len=1, q_heads=heads, kv_heads=heads, head_dim=head_dim, **terms)
+
+
+def refuse_without_sensitivity(spec: PrivacySpec, problem: AttentionProblem, *, private: bool) -> None:
+    """Raises: PrivacyParameterError where no call with these terms could have a bound."""
+    if not private:
+        return
+    clip_norm = 1.0 if problem.clip_norm is None else problem.clip_norm
+    reasons = reasons_against(spec, dataclasses.replace(problem, clip_norm=clip_norm), "l2")
     if reasons:
         raise PrivacyParameterError("this release has no sensitivity: " + " ".join(reasons))
-    _refuse_heads(module.head_epsilons, module.num_heads, allow_infinite=module.allow_infinite_heads)
 
 
 def _refuse_heads(epsilons: Any, heads: int, *, allow_infinite: bool) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
+from dpfa_attention.module_arguments import one_token
 from dpfa_attention.options import STRUCTURES
 from dpfa_attention.tensor_release import tensor_mechanism
 from dpfa_core.plugin_names import parts
@@ -70,17 +71,7 @@ def sensitivity_of(module: DPFlashAttention, problem: AttentionProblem | None) -
 def features(module: DPFlashAttention) -> dict[str, bool]:
     """Whether PLD, noise structures and a bound on the sensitivity can be had here."""
     usable = {entry.name for entry in MECHANISMS.entries() if not entry.disabled}
-    one = AttentionProblem(
-        batch=1,
-        q_len=1,
-        kv_len=1,
-        q_heads=module.num_heads,
-        kv_heads=module.num_heads,
-        head_dim=module.head_dim,
-        clip=module.clip,
-        clip_norm=1.0,
-        logit_bound=module.logit_bound,
-    )
+    one = one_token(module.num_heads, module.head_dim, clip=module.clip, clip_norm=1.0, logit_bound=module.logit_bound)
     bounded = module.setting == "release" and not reasons_against(spec_of(module), one, norm_of(module))
     return {
         "pld_available": "pld" in first_party_accountants(),

@@ -69,7 +69,7 @@ def dp_scaled_dot_product_attention(
     lengths: tuple[tuple[int, int], ...] = ()
     bias = None
     if attn_mask is not None:
-        shown, bias = _read(attn_mask, B, H, S, Sk)
+        shown, bias = read_mask(attn_mask, B, H, S, Sk)
         is_causal, lengths = causal_and_lengths("attn_mask", shown)
     result = released(
         query.transpose(1, 2),
@@ -88,7 +88,7 @@ def dp_scaled_dot_product_attention(
     return out.transpose(1, 2), stats
 
 
-def _read(mask: Tensor, B: int, H: int, S: int, Sk: int) -> tuple[Tensor, Tensor | None]:
+def read_mask(mask: Tensor, B: int, H: int, S: int, Sk: int) -> tuple[Tensor, Tensor | None]:
     """(visible, bool [B, S, Sk]; bias, [B or 1, H or 1, S, Sk])."""
     additive = isinstance(mask, Tensor) and mask.is_floating_point()
     if additive:

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from dpfa_core.errors import NotPrivateError
+
+UpstreamGradients = Literal["block", "allow"] | None
+"""None: a backward that goes on past the release raises. "block": it stops there. "allow": it goes on."""
+
+
+def released_under(
+    rule: UpstreamGradients, release: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Any]], *inputs: Tensor
+) -> tuple[Tensor, Any]:
+    """`release` of the `inputs` q, k, v, with the tape that `rule` allows: (out, what else it returns)."""
+    if rule == "allow":
+        return release(*inputs)
+    out, more = release(*(x.detach() for x in inputs))
+    return (closed(out, *inputs) if rule is None else out), more
 
 
 def closed(out: Tensor, *inputs: Tensor) -> Tensor:

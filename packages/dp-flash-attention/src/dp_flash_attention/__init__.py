@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         PrivacyStats,
         PrivateMemory,
         RandomizedLabels,
+        ReleasedAttention,
         ReleasePaths,
         check_release_paths,
         create_enhanced_dp_flash_attention,
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
         dp_flash_attn_with_kvcache,
         dp_scaled_dot_product_attention,
         randomize_labels,
+        register_dp_attention,
+        release_attention,
     )
     from dpfa_core.ledger import Ledger
     from dpfa_training import clipped_gradients, engine_of, make_private, make_private_with_epsilon
@@ -49,6 +52,7 @@ _WHERE = {
     "PrivateMemory": "dpfa_attention",
     "RandomizedLabels": "dpfa_attention",
     "ReleasePaths": "dpfa_attention",
+    "ReleasedAttention": "dpfa_attention",
     "check_release_paths": "dpfa_attention",
     "clipped_gradients": "dpfa_training",
     "create_enhanced_dp_flash_attention": "dpfa_attention",
@@ -64,6 +68,8 @@ _WHERE = {
     "make_private_with_epsilon": "dpfa_training",
     "privacy_check": "dp_flash_attention.self_test",
     "randomize_labels": "dpfa_attention",
+    "register_dp_attention": "dpfa_attention",
+    "release_attention": "dpfa_attention",
 }
 
 __all__ = [
@@ -77,6 +83,7 @@ __all__ = [
     "PrivateMemory",
     "RandomizedLabels",
     "ReleasePaths",
+    "ReleasedAttention",
     "check_release_paths",
     "clipped_gradients",
     "create_enhanced_dp_flash_attention",
@@ -92,6 +99,8 @@ __all__ = [
     "make_private_with_epsilon",
     "privacy_check",
     "randomize_labels",
+    "register_dp_attention",
+    "release_attention",
 ]
 
 
