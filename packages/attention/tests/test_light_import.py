@@ -25,6 +25,7 @@ def test_public_names_are_the_ones_listed() -> None:
         "RandomizedLabels",
         "ReleasePaths",
         "ReleasedAttention",
+        "ReleasedFeatures",
         "check_release_paths",
         "create_enhanced_dp_flash_attention",
         "create_research_mechanism",
@@ -37,5 +38,6 @@ def test_public_names_are_the_ones_listed() -> None:
         "randomize_labels",
         "register_dp_attention",
         "release_attention",
+        "release_features",
     ]
     assert all(callable(getattr(dpfa_attention, name)) for name in dpfa_attention.__all__)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from dpfa_attention.qkv_packed import dp_flash_attn_qkvpacked_func
     from dpfa_attention.randomized_labels import RandomizedLabels, randomize_labels
     from dpfa_attention.release_paths import LeakingPath, ReleasePaths, check_release_paths
+    from dpfa_attention.released_features import ReleasedFeatures, release_features
     from dpfa_attention.sdpa_layout import dp_scaled_dot_product_attention
     from dpfa_attention.stats import PrivacyStats
     from dpfa_attention.transformers_attention import register_dp_attention
@@ -37,6 +38,7 @@ __all__ = [
     "RandomizedLabels",
     "ReleasePaths",
     "ReleasedAttention",
+    "ReleasedFeatures",
     "check_release_paths",
     "create_enhanced_dp_flash_attention",
     "create_research_mechanism",
@@ -49,6 +51,7 @@ __all__ = [
     "randomize_labels",
     "register_dp_attention",
     "release_attention",
+    "release_features",
 ]
 
 _WHERE = {
@@ -63,6 +66,7 @@ _WHERE = {
     "RandomizedLabels": "randomized_labels",
     "ReleasePaths": "release_paths",
     "ReleasedAttention": "transformers_models",
+    "ReleasedFeatures": "released_features",
     "check_release_paths": "release_paths",
     "create_enhanced_dp_flash_attention": "enhanced_module",
     "create_research_mechanism": "mechanism_types",
@@ -75,6 +79,7 @@ _WHERE = {
     "randomize_labels": "randomized_labels",
     "register_dp_attention": "transformers_attention",
     "release_attention": "transformers_models",
+    "release_features": "released_features",
 }
 
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         PrivateMemory,
         RandomizedLabels,
         ReleasedAttention,
+        ReleasedFeatures,
         ReleasePaths,
         check_release_paths,
         create_enhanced_dp_flash_attention,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
         randomize_labels,
         register_dp_attention,
         release_attention,
+        release_features,
     )
     from dpfa_core.ledger import Ledger
     from dpfa_training import clipped_gradients, engine_of, make_private, make_private_with_epsilon
@@ -53,6 +55,7 @@ _WHERE = {
     "RandomizedLabels": "dpfa_attention",
     "ReleasePaths": "dpfa_attention",
     "ReleasedAttention": "dpfa_attention",
+    "ReleasedFeatures": "dpfa_attention",
     "check_release_paths": "dpfa_attention",
     "clipped_gradients": "dpfa_training",
     "create_enhanced_dp_flash_attention": "dpfa_attention",
@@ -70,6 +73,7 @@ _WHERE = {
     "randomize_labels": "dpfa_attention",
     "register_dp_attention": "dpfa_attention",
     "release_attention": "dpfa_attention",
+    "release_features": "dpfa_attention",
 }
 
 __all__ = [
@@ -84,6 +88,7 @@ __all__ = [
     "RandomizedLabels",
     "ReleasePaths",
     "ReleasedAttention",
+    "ReleasedFeatures",
     "check_release_paths",
     "clipped_gradients",
     "create_enhanced_dp_flash_attention",
@@ -101,6 +106,7 @@ __all__ = [
     "randomize_labels",
     "register_dp_attention",
     "release_attention",
+    "release_features",
 ]
 
 
