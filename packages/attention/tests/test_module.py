@@ -107,7 +107,8 @@ def test_padding_is_not_attended_under_causal_and_window(options: dict[str, Any]
     [
         ({"attn_mask": torch.eye(6).bool()}, "must hide the end"),
         ({"key_padding_mask": torch.arange(6)[None].expand(2, 6) < 2}, "must hide the end"),
-        ({"attn_mask": torch.rand(6, 6)}, "a bias and no mask"),
+        ({"attn_mask": torch.full((6, 6), math.nan)}, "NaN or"),
+        ({"attn_mask": torch.ones(6, 6, dtype=torch.long)}, "attn_mask must be a bool or floating-point tensor"),
         ({"key_padding_mask": torch.zeros(2, 5).bool()}, "key_padding_mask must be"),
         ({"attn_mask": torch.zeros(5, 6).bool()}, "attn_mask must be"),
         ({"key": words(2, 6, E)}, "given together"),

@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dpfa_attention import functional
 from dpfa_attention.module import DPFlashAttention
+from dpfa_attention.module_masks import Masks
 from dpfa_attention.recomputed_projections import RecomputedProjections
 from dpfa_attention.stats import PrivacyStats
 from dpfa_attention.tensor_release import tensor_mechanism
@@ -68,18 +69,14 @@ class DPCheckpointedAttention(DPFlashAttention):
         more = f", checkpoint_gradients={self.checkpoint_gradients}, segments={self.segments}"
         return super().extra_repr() + more
 
-    def _attended(
-        self, inputs: list[Tensor], *, causal: bool, lengths: tuple[tuple[int, int], ...]
-    ) -> tuple[Tensor, PrivacyStats]:
+    def _attended(self, inputs: list[Tensor], **call: Any) -> tuple[Tensor, PrivacyStats]:
         open_tape = self.upstream_gradients == "allow" and torch.is_grad_enabled()
         if not (self.checkpoint_gradients and open_tape):
-            return super()._attended(inputs, causal=causal, lengths=lengths)
-        return self._recomputing(inputs, causal=causal, lengths=lengths)
+            return super()._attended(inputs, **call)
+        return self._recomputing(inputs, **call)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # what is kept is ours to say, not a graph's
-    def _recomputing(
-        self, inputs: list[Tensor], *, causal: bool, lengths: tuple[tuple[int, int], ...]
-    ) -> tuple[Tensor, PrivacyStats]:
+    def _recomputing(self, inputs: list[Tensor], **call: Any) -> tuple[Tensor, PrivacyStats]:
         weights, biases = self._input_projections()
         with torch.no_grad():
             q, k, v = self._projected(inputs)
@@ -89,16 +86,16 @@ class DPCheckpointedAttention(DPFlashAttention):
             asking = (x.detach().requires_grad_() for x in (q, k, v))
             made = functional.release(*asking, ticket, *terms).detach()
             out: Tensor = RecomputedProjections.apply(  # type: ignore[no-untyped-call]
-                made, Terms(*terms), self.segments, *inputs, *weights, *biases
+                made, *Terms.parted(terms), self.segments, *inputs, *weights, *biases
             )
             return out
 
-        return self._released(q, k, v, causal=causal, lengths=lengths, compute=compute)
+        return self._released(q, k, v, compute=compute, **call)
 
-    def _exact(self, inputs: list[Tensor], attn_mask: Tensor | None, padding: Tensor | None, *, causal: bool) -> Tensor:
+    def _exact(self, inputs: list[Tensor], masks: Masks, *, causal: bool) -> Tensor:
         if not (self.checkpoint_gradients and torch.is_grad_enabled()):
-            return super()._exact(inputs, attn_mask, padding, causal=causal)
+            return super()._exact(inputs, masks, causal=causal)
         out: Tensor = checkpoint(  # type: ignore[no-untyped-call]
-            super()._exact, inputs, attn_mask, padding, causal=causal, use_reentrant=False
+            super()._exact, inputs, masks, causal=causal, use_reentrant=False
         )
         return out

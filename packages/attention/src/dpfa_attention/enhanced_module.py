@@ -243,7 +243,7 @@ class EnhancedDPFlashAttention(DPCheckpointedAttention):
         self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, lengths: tuple[tuple[int, int], ...], **more: Any
     ) -> tuple[Tensor, PrivacyStats]:
         if self.noise_site == "scores":
-            return self._of_noised_scores(q, k, v, causal=causal, lengths=lengths)
+            return self._of_noised_scores(q, k, v, causal=causal, lengths=lengths, **more)
         if self.sensitivity_analysis:
             self._last_problem = attention_problem(
                 q,
@@ -278,9 +278,7 @@ class EnhancedDPFlashAttention(DPCheckpointedAttention):
         out, stats = super()._released(q, k, v, causal=causal, lengths=lengths, delta=rest[1], **more)
         return out, self._of_both(stats, moved)
 
-    def _of_noised_scores(
-        self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, lengths: tuple[tuple[int, int], ...]
-    ) -> tuple[Tensor, PrivacyStats]:
+    def _of_noised_scores(self, q: Tensor, k: Tensor, v: Tensor, **call: Any) -> tuple[Tensor, PrivacyStats]:
         asked = self._asked()
         out, stats = attention_of_noised_scores(
             q,
@@ -290,12 +288,11 @@ class EnhancedDPFlashAttention(DPCheckpointedAttention):
             values=self.values,
             logit_bound=asked["logit_bound"],
             mechanism=asked["mechanism"],
-            causal=causal,
             window_size=asked["window_size"],
-            lengths=lengths,
             backend=self.backend,
             seed=self.seed,
             ledger=number_and_delta(self._calls.given)[0],
+            **call,
         )
         self._calls.add(stats.event_id)
         return out, stats

@@ -16,7 +16,7 @@ from dpfa_attention.adaptive_clip import largest_norm
 from dpfa_attention.functional import released
 from dpfa_attention.head_budgets import as_numbers
 from dpfa_attention.module_arguments import one_clip, refuse_what_no_call_can_use, shared_by_importance
-from dpfa_attention.module_masks import as_lengths, hidden
+from dpfa_attention.module_masks import Masks, as_lengths, read_masks
 from dpfa_attention.module_training import exact_attention, pending
 from dpfa_attention.options import resolve
 from dpfa_attention.privacy_spent import Calls, PrivacySpent
@@ -191,7 +191,9 @@ class DPFlashAttention(nn.Module):
             key_padding_mask: [B, Sk]; True, -inf or <= -1e4 hides a key, and padding is at the end. In causal
                 self-attention and under a window the queries of padding see nothing.
             attn_mask: [S, Sk] or [B * H, S, Sk]; True hides, as in ``nn.MultiheadAttention``; see
-                ``dp_scaled_dot_product_attention`` for the patterns that can be served.
+                ``dp_scaled_dot_product_attention`` for the patterns that can be served. Other numbers of a
+                floating-point mask are a public bias of the logits, added before they are bounded: no noise changes,
+                and a mask that requires a gradient is refused in a release.
             need_weights: True is refused. False, as torch's layers ask, returns (out, None).
             average_attn_weights: accepted; there are no weights.
             is_causal: aligned bottom-right, and beside an attn_mask, both hide.
@@ -208,12 +210,17 @@ class DPFlashAttention(nn.Module):
         )
         own = key is None or (key is query and value is query)
         inputs = [self._batched(name, x) for name, x in self._named(query, key, value)]
-        attn_mask = hidden("attn_mask", attn_mask)
-        padding = hidden("key_padding_mask", key_padding_mask)
-        if padding is not None and padding.dim() == 1:
-            padding = padding[None]
+        if key_padding_mask is not None and query.dim() == 2:
+            key_padding_mask = key_padding_mask[None]
+        masks = read_masks(
+            attn_mask,
+            key_padding_mask,
+            shape=(inputs[0].shape[0], inputs[0].shape[1], inputs[1].shape[1]),
+            heads=self.num_heads,
+            gradient=self.setting == "training",
+        )
         run = self._train if self.setting == "training" else self._release
-        out, stats = run(inputs, attn_mask, padding, self.causal or is_causal, own)
+        out, stats = run(inputs, masks, causal=self.causal or is_causal, own=own)
         self._forwards += 1
         if query.dim() == 2:
             out = out[0]
@@ -284,27 +291,20 @@ class DPFlashAttention(nn.Module):
 
     # ---- release
 
-    def _release(
-        self, inputs: list[Tensor], attn_mask: Tensor | None, padding: Tensor | None, causal: bool, own: bool
-    ) -> tuple[Tensor, PrivacyStats]:
-        B, S, Sk = inputs[0].shape[0], inputs[0].shape[1], inputs[1].shape[1]
+    def _release(self, inputs: list[Tensor], masks: Masks, *, causal: bool, own: bool) -> tuple[Tensor, PrivacyStats]:
         causal, lengths = as_lengths(
-            attn_mask,
-            padding,
-            shape=(B, S, Sk),
+            masks,
             heads=self.num_heads,
             causal=causal,
             window=self._window(),
             own=own,
         )
-        out, stats = self._attended(inputs, causal=causal, lengths=lengths)
+        out, stats = self._attended(inputs, causal=causal, lengths=lengths, bias=masks.bias)
         return linear(out.flatten(-2), self.out_proj.weight, self.out_proj.bias), stats
 
-    def _attended(
-        self, inputs: list[Tensor], *, causal: bool, lengths: tuple[tuple[int, int], ...]
-    ) -> tuple[Tensor, PrivacyStats]:
+    def _attended(self, inputs: list[Tensor], **call: Any) -> tuple[Tensor, PrivacyStats]:
         """What leaves, [B, S, H, D], with the tape that `upstream_gradients` allows."""
-        release = partial(self._released, causal=causal, lengths=lengths)
+        release = partial(self._released, **call)
         return released_under(self.upstream_gradients, release, *self._projected(inputs))
 
     def _projected(self, inputs: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -360,15 +360,13 @@ class DPFlashAttention(nn.Module):
 
     # ---- training
 
-    def _train(
-        self, inputs: list[Tensor], attn_mask: Tensor | None, padding: Tensor | None, causal: bool, own: bool
-    ) -> tuple[Tensor, PrivacyStats]:
+    def _train(self, inputs: list[Tensor], masks: Masks, *, causal: bool, own: bool) -> tuple[Tensor, PrivacyStats]:
         stats = pending(self)
-        return self._exact(inputs, attn_mask, padding, causal=causal), stats
+        return self._exact(inputs, masks, causal=causal), stats
 
-    def _exact(self, inputs: list[Tensor], attn_mask: Tensor | None, padding: Tensor | None, *, causal: bool) -> Tensor:
+    def _exact(self, inputs: list[Tensor], masks: Masks, *, causal: bool) -> Tensor:
         """[B, S, E]."""
-        return exact_attention(self, inputs, attn_mask, padding, causal=causal)
+        return exact_attention(self, inputs, masks, causal=causal)
 
     # ---- arguments
 

@@ -2,21 +2,84 @@
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from dpfa_attention.visible_lengths import causal_and_lengths, visible
+from dpfa_attention.biases import without_gradient
+from dpfa_attention.visible_lengths import causal_and_lengths, visible_and_bias
 from dpfa_core.checks import require
 from dpfa_core.errors import PrivacyParameterError
 
 Window = tuple[int, int]
 
 
-def hidden(name: str, mask: Tensor | None) -> Tensor | None:
-    """bool, True where `mask` hides; an additive one is read by the public rule of PRIVACY P2."""
-    if mask is None or (isinstance(mask, Tensor) and mask.dtype == torch.bool):
-        return mask
-    return ~visible(name, mask)
+class Masks(NamedTuple):
+    """What the two masks of a call hide, True where they do, and what they add to the logits."""
+
+    shape: tuple[int, int, int]
+    """(B, S, Sk)."""
+    attn: Tensor | None
+    """bool [S, Sk] or [B * H, S, Sk]."""
+    padding: Tensor | None
+    """bool [B, Sk]."""
+    bias: Tensor | None
+    """[B or 1, H or 1, S, Sk], finite."""
+
+
+def read_masks(
+    attn_mask: Tensor | None,
+    padding: Tensor | None,
+    *,
+    shape: tuple[int, int, int],
+    heads: int,
+    gradient: bool = False,
+) -> Masks:
+    """Both masks of a call; an additive one hides where it is <= -1e4, and is a bias elsewhere (PRIVACY P2).
+
+    Args: attn_mask [S, Sk] or [B * H, S, Sk], padding [B, Sk]; `shape` is (B, S, Sk); without `gradient`, a mask that
+        asks for its own is refused.
+    Raises: PrivacyParameterError for another shape, dtype, NaN or +inf; NotPrivateError for a gradient.
+    """
+    B, S, Sk = shape
+    shapes = ((S, Sk), (B * heads, S, Sk))
+    attn, bias = _parted("attn_mask", attn_mask, shapes, f"{shapes[0]} or {shapes[1]}", gradient=gradient)
+    hides, more = _parted("key_padding_mask", padding, ((B, Sk),), f"[batch, keys], {(B, Sk)}", gradient=gradient)
+    if bias is not None:
+        bias = bias[None, None] if bias.dim() == 2 else bias.reshape(B, heads, S, Sk)
+    if more is not None:
+        more = more[:, None, None].expand(B, 1, S, Sk)
+        bias = more if bias is None else bias + more
+    return Masks(shape, attn, hides, bias)
+
+
+def _parted(
+    name: str, mask: Tensor | None, shapes: tuple[tuple[int, ...], ...], wanted: str, *, gradient: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """(bool, True where `mask` hides; what it adds elsewhere)."""
+    if mask is None:
+        return None, None
+    shown, bias = visible_and_bias(name, mask)
+    require(tuple(mask.shape) in shapes, f"{name} must be {wanted}", tuple(mask.shape))
+    if mask.dtype == torch.bool:
+        return mask, None  # as torch has it: true where it hides
+    if not gradient:
+        without_gradient(mask)
+    # a bias that hides nothing is no mask, for which there would be no room beside a window
+    return None if bias is not None and bool(shown.all()) else ~shown, bias
+
+
+def additive(masks: Masks, out_of_sight: Tensor, heads: int) -> tuple[Tensor | None, Tensor | None]:
+    """(attn_mask, key_padding_mask) for torch, of one dtype; `out_of_sight`, bool [S, Sk], hides besides."""
+    attn = out_of_sight if masks.attn is None else masks.attn | out_of_sight
+    if masks.bias is None:
+        return attn if bool(attn.any()) else None, masks.padding
+    bias = masks.bias.expand(masks.shape[0], heads, *attn.shape[-2:]).flatten(0, 1).masked_fill(attn, -math.inf)
+    if masks.padding is None:
+        return bias, None
+    return bias, torch.zeros_like(masks.padding, dtype=bias.dtype).masked_fill(masks.padding, -math.inf)
 
 
 def outside(S: int, Sk: int, *, causal: bool, window: Window) -> Tensor:
@@ -32,10 +95,8 @@ def outside(S: int, Sk: int, *, causal: bool, window: Window) -> Tensor:
 
 
 def as_lengths(
-    attn_mask: Tensor | None,
-    padding: Tensor | None,
+    masks: Masks,
     *,
-    shape: tuple[int, int, int],
     heads: int,
     causal: bool,
     window: Window,
@@ -43,10 +104,10 @@ def as_lengths(
 ) -> tuple[bool, tuple[tuple[int, int], ...]]:
     """(causal, lengths) of a release that hides what both masks and `causal` hide.
 
-    Args: masks, True where they hide: [S, Sk] or [B * H, S, Sk], and [B, Sk]; `shape` is (B, S, Sk); `own` says
-    that queries and keys are of the same tokens.
+    Args: `own` says that queries and keys are of the same tokens.
     Raises: PrivacyParameterError for a pattern that no lengths say.
     """
+    shape, attn_mask, padding, _ = masks
     B, S, Sk = shape
     if attn_mask is None and padding is None:
         return causal, ()
@@ -63,8 +124,6 @@ def as_lengths(
     shown = torch.ones(B, S, Sk, dtype=torch.bool) if attn_mask is None else ~_for_each_row(attn_mask, shape, heads)
     if padding is None:
         return causal_and_lengths("attn_mask", shown, causal=causal)
-    wanted = (B, Sk)
-    require(tuple(padding.shape) == wanted, f"key_padding_mask must be [batch, keys], {wanted}", tuple(padding.shape))
     kept = ~padding.cpu()
     try:
         if not windowed:
@@ -80,8 +139,6 @@ def as_lengths(
 def _for_each_row(attn_mask: Tensor, shape: tuple[int, int, int], heads: int) -> Tensor:
     """bool [B, S, Sk] on the CPU, from [S, Sk] or [B * H, S, Sk] with equal heads."""
     B, S, Sk = shape
-    wanted = ((S, Sk), (B * heads, S, Sk))
-    require(tuple(attn_mask.shape) in wanted, f"attn_mask must be {wanted[0]} or {wanted[1]}", tuple(attn_mask.shape))
     if attn_mask.dim() == 2:
         return attn_mask.cpu().expand(B, S, Sk)
     each = attn_mask.cpu().reshape(B, heads, S, Sk)

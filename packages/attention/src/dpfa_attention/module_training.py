@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from dpfa_attention.module_masks import outside
+from dpfa_attention.module_masks import Masks, additive, outside
 from dpfa_attention.stats import PrivacyStats
 from dpfa_attention.training_engine import guarding_engine
 from dpfa_core.errors import NotPrivateError
@@ -43,14 +43,12 @@ def pending(module: DPFlashAttention) -> PrivacyStats:
     )
 
 
-def exact_attention(
-    module: DPFlashAttention, inputs: list[Tensor], attn_mask: Tensor | None, padding: Tensor | None, *, causal: bool
-) -> Tensor:
-    """[B, S, E] of query, key and value [B, S, width], by torch; masks are True where they hide."""
+def exact_attention(module: DPFlashAttention, inputs: list[Tensor], masks: Masks, *, causal: bool) -> Tensor:
+    """[B, S, E] of query, key and value [B, S, width], by torch."""
     q, k, v = (x.transpose(0, 1) for x in inputs)
     window = (module.window_size[0], module.window_size[1])
     out_of_sight = outside(q.shape[0], k.shape[0], causal=causal, window=window).to(q.device)
-    attn_mask = out_of_sight if attn_mask is None else attn_mask | out_of_sight
+    attn_mask, padding = additive(masks, out_of_sight, module.num_heads)
     alike = module.in_proj_weight is not None
     separate: dict[str, Any] = {
         name: None if alike else getattr(module, name) for name in ("q_proj_weight", "k_proj_weight", "v_proj_weight")
@@ -72,7 +70,7 @@ def exact_attention(
         training=module.training,
         key_padding_mask=padding,
         need_weights=False,
-        attn_mask=attn_mask if bool(attn_mask.any()) else None,
+        attn_mask=attn_mask,
         use_separate_proj_weight=not alike,
         **separate,
     )

@@ -22,28 +22,30 @@ class RecomputedProjections(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, out: Tensor, terms: Terms, segments: int, *tensors: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, out: Tensor, terms: Terms, bias: Tensor | None, segments: int, *tensors: Tensor | None
+    ) -> Tensor:
         """Args: `out` [B, S, H, D], released of what three inputs [B, S, width], weights and biases, the `tensors`,
-        project to.
+        project to, with a public `bias` of the logits.
         """
-        ctx.save_for_backward(*tensors)
+        ctx.save_for_backward(bias, *tensors)
         ctx.terms, ctx.segments, ctx.heads, ctx.dtype = terms, segments, out.shape[2], out.dtype
         return out.view_as(out)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
-        tensors = ctx.saved_tensors
+        bias, *tensors = ctx.saved_tensors
         inputs, weights, biases = (tensors[first : first + 3] for first in (0, 3, 6))
         needed = [
             torch.zeros_like(x, dtype=x.dtype if place < 3 else _wide(x.dtype)) if wanted else None
-            for place, (x, wanted) in enumerate(zip(tensors, ctx.needs_input_grad[3:], strict=True))
+            for place, (x, wanted) in enumerate(zip(tensors, ctx.needs_input_grad[4:], strict=True))
         ]
-        for rows, terms in _segments(ctx.terms, dout.shape[0], ctx.segments):
+        for rows, values in _segments(ctx.terms, bias, dout.shape[0], ctx.segments):
             parts = [x[rows].to(ctx.dtype) for x in inputs]
             with torch.autocast(dout.device.type, enabled=False):
                 q, k, v = projected(parts, weights, biases, ctx.heads)
-                grads = release_op.release_backward(dout[rows].contiguous(), q, k, v, *terms)
+                grads = release_op.release_backward(dout[rows].contiguous(), q, k, v, *values)
                 for place, (x, weight, grad) in enumerate(zip(parts, weights, grads, strict=True)):
                     flat = grad.flatten(2)
                     _add(needed[place], rows, lambda flat=flat, weight=weight: flat @ weight.to(flat.dtype))
@@ -51,7 +53,7 @@ class RecomputedProjections(torch.autograd.Function):
                     _add(needed[3 + place], slice(None), lambda flat=flat, x=x: flat.T @ x)
                     _add(needed[6 + place], slice(None), lambda flat=flat: flat.sum(0))
         found = (None if grad is None else grad.to(x.dtype) for grad, x in zip(needed, tensors, strict=True))
-        return (None,) * 3 + tuple(found)
+        return (None,) * 4 + tuple(found)
 
 
 def _add(total: Tensor | None, where: slice, part: Any) -> None:
@@ -64,10 +66,11 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
-def _segments(terms: Terms, batch: int, segments: int) -> Iterator[tuple[slice, Terms]]:
-    """Batch rows, as even as can be, and the terms of a release of them."""
+def _segments(terms: Terms, bias: Tensor | None, batch: int, segments: int) -> Iterator[tuple[slice, tuple[Any, ...]]]:
+    """Batch rows, as even as can be, and the terms and the bias of a release of them."""
     count = max(1, min(segments, batch))
     for part in range(count):
         rows = slice(part * batch // count, (part + 1) * batch // count)
         lengths: Sequence[int] = terms.lengths[2 * rows.start : 2 * rows.stop]
-        yield rows, terms._replace(lengths=tuple(lengths))
+        part_of_bias = () if bias is None else (bias[rows] if len(bias) > 1 else bias,)
+        yield rows, (*terms._replace(lengths=tuple(lengths)), *part_of_bias)

@@ -39,6 +39,7 @@ def attention_of_noised_scores(
     causal: bool = False,
     window_size: tuple[int, int] = (-1, -1),
     lengths: tuple[tuple[int, int], ...] = (),
+    bias: Tensor | None = None,
     backend: str = "auto",
     seed: int | None = None,
     ledger: int = 0,
@@ -50,7 +51,8 @@ def attention_of_noised_scores(
     the call is ``NonPrivate`` unless they are declared public, which the ledger notes.
 
     Guarantee: tested (for queries and keys, where values are public).
-    Args: q [B, S, H, D]; k, v [B, Sk, Hk, D]; `mechanism`, gaussian or an alias of it; `ledger`, its number.
+    Args: q [B, S, H, D]; k, v [B, Sk, Hk, D]; `mechanism`, gaussian or an alias of it; `bias`, public, [B or 1, H or 1,
+        S, Sk], enters before the bound; `ledger`, its number.
     Raises: PrivacyParameterError for another unit, mechanism, or an infinite epsilon; NotPrivateError where it could
         run twice for one output; as ``dp_flash_attn_func``.
     """
@@ -101,7 +103,7 @@ def attention_of_noised_scores(
         mechanism=priced.mechanism,
         backend=chosen,
     )
-    scores = bounded_scores(q, k, logit_bound)
+    scores = bounded_scores(q, k, logit_bound, bias)
     released = selection.backend(chosen).privatize_(
         scores.detach().clone(), problem, priced.plan, NONE, key, clip_rows=True
     )
@@ -134,10 +136,12 @@ class _Released(torch.autograd.Function):
         return grad, None
 
 
-def bounded_scores(q: Tensor, k: Tensor, logit_bound: float) -> Tensor:
+def bounded_scores(q: Tensor, k: Tensor, logit_bound: float, bias: Tensor | None = None) -> Tensor:
     """float32 [B, S, H, Sk], each within the bound; what is not finite becomes 0 (PRIVACY P2)."""
     q, k = _finite_rows(q.float()), _finite_rows(k.float())
     logits = torch.einsum("bihd,bjhd->bihj", q, _each_head(k, q.shape[2])) * scale_of_logits(None, q.shape[3])
+    if bias is not None:
+        logits = logits + bias.transpose(1, 2)
     logits = torch.where(logits.isfinite(), logits, 0.0)
     return logit_bound * torch.tanh(logits / logit_bound)
 

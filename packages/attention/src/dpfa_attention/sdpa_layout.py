@@ -9,7 +9,7 @@ from torch import Tensor
 from dpfa_attention.biases import without_gradient
 from dpfa_attention.functional import released
 from dpfa_attention.stats import PrivacyStats
-from dpfa_attention.visible_lengths import causal_and_lengths, visible, visible_and_bias
+from dpfa_attention.visible_lengths import causal_and_lengths, visible_and_bias
 from dpfa_core.checks import require
 
 
@@ -90,10 +90,8 @@ def dp_scaled_dot_product_attention(
 
 def read_mask(mask: Tensor, B: int, H: int, S: int, Sk: int) -> tuple[Tensor, Tensor | None]:
     """(visible, bool [B, S, Sk]; bias, [B or 1, H or 1, S, Sk])."""
-    additive = isinstance(mask, Tensor) and mask.is_floating_point()
-    if additive:
-        without_gradient(mask)
-    shown, bias = visible_and_bias("attn_mask", mask) if additive else (visible("attn_mask", mask), None)
+    shown, bias = visible_and_bias("attn_mask", mask)
+    without_gradient(mask)
     good = shown.dim() <= 4 and all(n in (1, m) for n, m in zip(shown.shape[::-1], (Sk, S, H, B), strict=False))
     require(good, f"attn_mask must broadcast to {[B, H, S, Sk]}", list(mask.shape))
     shown = shown[(None,) * (4 - shown.dim())]

@@ -22,8 +22,10 @@ from dpfa_core.ledger import Ledger
 from dpfa_core.registry import MECHANISMS
 from dpfa_core.spec import PrivacySpec, Relation, Unit
 
-_PROMISE = ("queries", "clip_norm", "clip", "logit_bound", "mechanism", "noise_structure", "head_epsilons")
-_PROMISE += ("allow_infinite_heads", "backend", "seed")
+_PROMISE = (
+    *("queries", "clip_norm", "clip", "logit_bound", "mechanism", "noise_structure"),
+    *("head_epsilons", "allow_infinite_heads", "backend", "seed"),
+)
 _CACHES = ("cache", "past_key_values", "past_key_value", "layer_past")
 _OTHERS = ("encoder_hidden_states", "key_value_states", "cross_attention_states")
 

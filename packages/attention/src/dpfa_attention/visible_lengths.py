@@ -12,10 +12,13 @@ HIDDEN = -1e4
 """An additive mask hides where it is this or less (PRIVACY P2)."""
 
 
-def visible(name: str, mask: Tensor) -> Tensor:
-    """Where `mask` shows a key: True, or an additive 0; the values of a mask are public.
+def visible_and_bias(name: str, mask: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Where `mask` shows a key, and what it adds there: None where that is 0 everywhere; its values are public.
 
-    Raises: PrivacyParameterError for an additive value that is neither 0 nor <= -1e4: a bias, not a mask.
+    A bool mask is true where it shows. In a floating-point one the two are told apart by a public rule: -inf or <= -1e4
+    hides, any other finite number is a bias.
+
+    Raises: PrivacyParameterError for another dtype, NaN or +inf.
     """
     require(
         isinstance(mask, Tensor) and (mask.dtype == torch.bool or mask.is_floating_point()),
@@ -23,24 +26,7 @@ def visible(name: str, mask: Tensor) -> Tensor:
         mask.dtype if isinstance(mask, Tensor) else type(mask).__name__,
     )
     if mask.dtype == torch.bool:
-        return mask
-    shown, bias = visible_and_bias(name, mask)
-    require(
-        bias is None,
-        f"{name} must hold 0 (visible) and -inf or numbers <= {HIDDEN:g} (hidden)",
-        "another value, which is a bias and no mask",
-        "dp_scaled_dot_product_attention and alibi_slopes take a public bias.",
-    )
-    return shown
-
-
-def visible_and_bias(name: str, mask: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Where a floating-point `mask` shows a key, and what it adds there: None where that is 0 everywhere.
-
-    The two are told apart by a public rule: -inf or <= -1e4 hides, any other finite number is a bias.
-
-    Raises: PrivacyParameterError for NaN or +inf.
-    """
+        return mask, None
     hidden = mask <= HIDDEN
     require(
         bool((hidden | torch.isfinite(mask)).all()),
