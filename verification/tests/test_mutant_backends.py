@@ -6,11 +6,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 
 from dpfa_core.contracts import CounterLayout
+from dpfa_kernels_torch import attention
 from dpfa_kernels_torch.backend import TorchBackend
 from dpfa_verification.conformance.backend import BackendExamination
 from dpfa_verification.conformance.bench import NO_TENSORS, Bench
@@ -108,6 +110,34 @@ def clip_forgotten(true: Any, *arguments: Any, clip_rows: bool) -> Any:
 
 def not_in_place(true: Any, x: Any, *rest: Any, clip_rows: bool) -> Any:
     return true(x.clone(), *rest, clip_rows=clip_rows)
+
+
+def with_weights(change: Callable[..., torch.Tensor]) -> Callable[..., Any]:
+    """A release whose unnormalised weights are made of (logits, visible, logit bound) by `change`."""
+
+    def changed(true: Any, *arguments: Any, **scale: Any) -> Any:
+        with patch.object(attention, "softmax_weights", lambda *given: (change(*given), None)):
+            return true(*arguments, **scale)
+
+    return changed
+
+
+def mask_before_the_bound(logits: torch.Tensor, visible: torch.Tensor, bound: float | None) -> torch.Tensor:
+    logits = logits.masked_fill(~visible, -torch.inf)
+    if bound is not None:
+        logits = bound * torch.tanh(logits / bound)  # a hidden key has the lowest logit now, and a weight
+    return torch.exp(logits - logits.amax(-1, keepdim=True).nan_to_num(neginf=0.0))
+
+
+def row_maximum(dtype: torch.dtype) -> Callable[..., torch.Tensor]:
+    """Weights that are rounded to `dtype` after the row's maximum, which is private, is taken off."""
+
+    def weights(logits: torch.Tensor, visible: torch.Tensor, bound: float | None) -> torch.Tensor:
+        logits = logits if bound is None else bound * torch.tanh(logits / bound)
+        logits = logits.masked_fill(~visible, -torch.inf)
+        return torch.exp(logits - logits.amax(-1, keepdim=True).nan_to_num(neginf=0.0)).to(dtype).float()
+
+    return weights
 
 
 def gradient_without_keys(true: Any, dout: Any, saved: Any) -> Any:
@@ -226,6 +256,9 @@ MUTANTS: list[tuple[str, dict[str, Callable[..., Any]]]] = [
     ("backward", {"release_backward": lambda true, dout, saved: true(dout, saved._replace(norm="l1"))}),
     ("poison", {"release": spoiled_by_nan}),
     ("nothing_visible", {"release": mean_where_nothing_is_seen}),
+    ("hidden_keys", {"release": with_weights(mask_before_the_bound)}),
+    ("token_rounding", {"release": with_weights(row_maximum(torch.bfloat16))}),
+    ("token_rounding", {"release": with_weights(row_maximum(torch.float16))}),
     ("privatize_clip", {"privatize_": clip_forgotten}),
     ("privatize_clip", {"privatize_": not_in_place}),
     ("epilogue", {"privatize_": with_key(keyless)}),
@@ -309,3 +342,13 @@ def test_a_bench_repeats_itself_from_its_seed() -> None:
     assert list(first.problems(9)) == list(second.problems(9))
     assert torch.equal(first.key().words.view(torch.int32), second.key().words.view(torch.int32))
     assert NO_TENSORS.project is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_rounded_after_the_public_bound_is_taken_off_stay_within_the_sensitivity(dtype: torch.dtype) -> None:
+    def rounded(logits: torch.Tensor, visible: torch.Tensor, bound: float | None) -> torch.Tensor:
+        assert bound is not None
+        return (torch.exp(bound * torch.tanh(logits / bound) - bound) * visible).to(dtype).float()
+
+    backend = Mutant(release=with_weights(rounded))
+    assert verdict(ReleaseExamination(backend, Bench("cpu", 5), QUICK), "token_rounding") == ("tested", "")

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from dpfa_core.contracts import Backend
-from dpfa_core.spec import AttentionProblem, NoisePlan
+from dpfa_core.spec import AttentionProblem, NoisePlan, PrivacySpec
+from dpfa_mechanisms.sensitivity import sensitivity
 from dpfa_verification.conformance.bench import NO_TENSORS, SILENT, Bench, plan, transform_for
 from dpfa_verification.conformance.level import Level
 from dpfa_verification.conformance.obligation import Undecided, holds, obligation
 from dpfa_verification.truth import attention as truth
+from dpfa_verification.truth.rounded_weights import neighbours
 
 TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2, "float16": 3e-3}
 """Largest difference from float64, as a share of the largest value."""
@@ -144,3 +146,46 @@ class ReleaseExamination:
             out, _ = self.run(self.bench.inputs(problem), problem)
             blind = out[:, : problem.q_len - problem.kv_len]
             holds(bool((blind == 0).all()), f"a row before the first key is not zero for {problem}")
+
+    @obligation("hidden_keys", "PRIVACY P2: a mask is visibility, applied after the logit bound")
+    def hidden_keys(self) -> None:
+        """What a row does not see changes nothing in it, not by a bit."""
+        hidden = False
+        for problem in self.problems():
+            sees = truth.visible(problem)
+            q, k, v = self.bench.inputs(problem)
+            before, _ = self.run((q, k, v), problem)
+            key = int((~sees).sum((0, 1)).argmax())
+            hidden |= not bool(sees[:, :, key].all())
+            other = self.bench.inputs(problem)
+            k[:, key], v[:, key] = other[1][:, key], 20 * other[2][:, key]
+            after, _ = self.run((q, k, v), problem)
+            changed = (before != after).any(-1).any(-1).cpu() & ~sees[:, :, key]
+            text = f"rows that do not see key {key} change with it, for {problem} (seed {self.bench.seed})"
+            holds(not bool(changed.any()), text)
+        if not hidden:
+            raise Undecided("supports() has a reason against every problem that was tried and hides a key")
+
+    @obligation("token_rounding", "PRIVACY P2: the rounding of a weight does not depend on other keys")
+    def token_rounding(self) -> None:
+        """Neighbours made for the row maximum and rounded weights stay within the sensitivity of one token."""
+        sizes = {"batch": 1, "q_len": 1, "kv_len": 1024, "q_heads": 1, "kv_heads": 1, "head_dim": 16}
+        spec = PrivacySpec(epsilon=1.0, delta=1e-5, unit="token", queries="public")
+        problems = [self.bench.problem(**sizes, logit_bound=0.25, dtype=dtype) for dtype in ("bfloat16", "float16")]
+        served = [problem for problem in problems if not self.backend.supports("release", problem, SILENT)]
+        if not served:
+            raise Undecided("supports() has a reason against long rows with a logit bound in half precision")
+        for problem in served:
+            outs = []
+            for q, k, v in neighbours(problem):
+                on_device = (q.to(self.bench.device), k.to(self.bench.device), v.to(self.bench.device))
+                outs.append(self.run(on_device, problem)[0].double())
+            moved = float(torch.linalg.vector_norm(outs[0] - outs[1]))
+            # the output's own rounding comes after the noise
+            rounded = sum(float(out.norm()) for out in outs) * torch.finfo(getattr(torch, problem.dtype)).eps / 2
+            claim = sensitivity(spec, problem).value
+            holds(
+                moved <= claim + rounded,
+                f"one of {problem.kv_len} tokens moves a row by {moved:.4g}, its sensitivity is {claim:.4g}, for "
+                f"{problem}; is a weight rounded after the row's maximum is taken off?",
+            )
