@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -270,6 +271,21 @@ def test_a_memory_with_a_ledger_that_ends_with_the_process_is_not_saved(tmp_path
     with pytest.raises(PrivacyParameterError, match="needs a ledger that lasts"):
         memory().save(tmp_path / "memory")
     assert not list(tmp_path.iterdir())
+
+
+def test_without_safetensors_the_error_says_what_to_install_and_no_file_is_touched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = memory(tmp_path / "ledger")
+    made.append(*records())
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    before = sorted(tmp_path.iterdir())
+    for act in (made.save, lambda path: PrivateMemory.load(path, made.ledger)):
+        with pytest.raises(PrivacyParameterError, match=r"pip install 'dpfa-attention\[files\]'"):
+            act(tmp_path / "memory")
+    assert sorted(tmp_path.iterdir()) == before
+    made.answer(torch.randn(1, 2, DIM))  # as before: nothing waits for a receipt
 
 
 def test_a_receipt_that_a_crash_cut_short_is_no_line_and_a_failing_one_keeps_the_answer_inside(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 from pathlib import Path
@@ -10,16 +11,31 @@ from typing import Any
 from torch import Tensor
 
 from dpfa_core.checks import require
+from dpfa_core.errors import PrivacyParameterError
 
 FORMAT = 1
 
 
+def safetensors(module: str = "safetensors") -> Any:
+    """The optional package that memories are written with, or a module of it.
+
+    Raises: PrivacyParameterError where it is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise PrivacyParameterError(
+            f"saving and loading a memory needs the package safetensors, got none that can be imported ({error}); "
+            "pip install 'dpfa-attention[files]'."
+        ) from error
+
+
 def write_memory(path: Path, tensors: dict[str, Tensor], terms: dict[str, Any]) -> None:
     """Write atomically, durably, readable by the owner only: a crash leaves the file before."""
-    from safetensors.torch import save  # an optional package, needed for files only
-
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    content = save(whole, metadata={"format": "pt", "private_memory": json.dumps({"version": FORMAT} | terms)})
+    content = safetensors("safetensors.torch").save(
+        whole, metadata={"format": "pt", "private_memory": json.dumps({"version": FORMAT} | terms)}
+    )
     draft = path.with_name(path.name + ".part")
     descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(descriptor, "wb") as file:
@@ -35,14 +51,13 @@ def read_memory(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     Raises: PrivacyParameterError for a file that is not a memory of this version.
     """
-    from safetensors import SafetensorError, safe_open
-
+    package = safetensors()
     require(path.is_file(), "a memory is a file that PrivateMemory.save wrote", str(path))
     try:
-        with safe_open(path, framework="pt") as file:
+        with package.safe_open(path, framework="pt") as file:
             found = (file.metadata() or {}).get("private_memory", "{}")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no dictionary)
-    except SafetensorError as error:
+    except package.SafetensorError as error:
         require(False, f"{path} must be a file that PrivateMemory.save wrote", str(error))
     terms: dict[str, Any] = json.loads(found)
     require(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dpfa_attention.functional import dp_flash_attn_func
-from dpfa_attention.memory_file import read_memory, write_memory
+from dpfa_attention.memory_file import read_memory, safetensors, write_memory
 from dpfa_attention.problem import DTYPES
 from dpfa_attention.receipts import Receipts
 from dpfa_attention.stats import PrivacyStats
@@ -169,9 +169,11 @@ class PrivateMemory:
         The file holds the records as they are, without noise. The ledger stays a file of its own; `path`.receipts
         lists the lines that it must have.
 
-        Raises: LedgerError for a ledger in memory, or one that lacks a line of the receipts.
+        Raises: LedgerError for a ledger that lacks a line of the receipts; PrivacyParameterError for a ledger in memory,
+            or where safetensors is not installed.
         """
         require(self.ledger.path != ":memory:", "a saved memory needs a ledger that lasts", "one in memory", _LASTING)
+        safetensors()  # before a receipt that no file would follow
         receipts = Receipts.of(path)
         receipts.check(self.ledger)
         receipts.begin(self.ledger)
@@ -194,7 +196,7 @@ class PrivateMemory:
         second copy of all files that is asked elsewhere; keep them out of backups that are restored, and move them
         rather than copy them.
 
-        Raises: LedgerError; PrivacyParameterError for a file that is not a memory.
+        Raises: LedgerError; PrivacyParameterError for a file that is not a memory, or without safetensors.
         """
         tensors, terms = read_memory(Path(path))
         receipts = Receipts.of(path)
