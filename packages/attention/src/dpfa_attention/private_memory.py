@@ -169,8 +169,8 @@ class PrivateMemory:
         The file holds the records as they are, without noise. The ledger stays a file of its own; `path`.receipts
         lists the lines that it must have.
 
-        Raises: LedgerError for a ledger that lacks a line of the receipts; PrivacyParameterError for a ledger in memory,
-            or where safetensors is not installed.
+        Raises: LedgerError for a ledger that lacks a line of the receipts; PrivacyParameterError for one in memory, or
+            where safetensors is not installed.
         """
         require(self.ledger.path != ":memory:", "a saved memory needs a ledger that lasts", "one in memory", _LASTING)
         safetensors()  # before a receipt that no file would follow
