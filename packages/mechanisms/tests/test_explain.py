@@ -110,7 +110,8 @@ def test_the_sequence_unit_has_no_worst_key_and_saves_nothing() -> None:
     found = explain(spec, PADDED)
     assert (found.saving, found.worst_key, found.worst_query, found.worst_batch_row) == (0.0, None, None, 1)
     assert found.sentences[0].startswith(
-        "A whole sequence is one record, so every one of its 32 rows in 2 heads can move by its clip norm: batch row 1"
+        "A whole sequence is one record, so every one of its 32 rows in 2 heads that sees a key can move by its clip "
+        "norm: batch row 1, which has most of them,"
     )
     assert found.sentences[-1].startswith("The bound is the naive one")
 

@@ -335,8 +335,34 @@ def test_token_unit_refuses_what_it_cannot_bound(change: dict[str, object], text
 def test_sequence_unit_takes_any_mask() -> None:
     import dataclasses
 
-    masked = dataclasses.replace(dense(4), mask=b"\x0f\xf0", logit_bound=None)
+    masked = dataclasses.replace(dense(4), mask=b"\x1f\xf4", logit_bound=None)
     assert sensitivity(sequence_spec(), masked).value == pytest.approx(4.0, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "moving"),
+    [
+        ({"q_len": 7, "kv_len": 3, "causal": True}, 3),  # the first four rows stand before the first key
+        ({"q_len": 7, "kv_len": 3, "window": (0, 1)}, 4),
+        ({"q_len": 7, "kv_len": 7, "lengths": ((7, 2), (5, 5), (6, 0)), "batch": 3, "causal": True}, 5),
+        ({"q_len": 2, "kv_len": 4, "mask": b"\xf0"}, 1),
+    ],
+)
+def test_only_rows_that_see_a_key_make_the_sequence_bound_and_it_is_attained(
+    change: dict[str, object], moving: int
+) -> None:
+    import dataclasses
+
+    problem = dataclasses.replace(dense(4, q_heads=2), **change)  # type: ignore[arg-type]
+    for norm, whole in (("l2", 2 * math.sqrt(2 * moving)), ("l1", 4 * moving)):
+        limit = sensitivity(sequence_spec(), problem, norm)  # type: ignore[arg-type]
+        assert limit.value == limit.naive
+        assert whole <= limit.value <= whole * (1 + 1e-4)
+    if not problem.lengths and problem.mask is None:
+        q, k, v = np.zeros((7, 2, 2)), np.zeros((3, 1, 2)), np.zeros((3, 1, 2))
+        v[..., 0] = 1.0
+        moved = distance(attention(problem, q, k, v), attention(problem, q, k, -v), 2)
+        assert moved == pytest.approx(2 * math.sqrt(2 * moving))
 
 
 def test_units_of_training_and_other_norms_are_refused() -> None:

@@ -30,3 +30,19 @@ def visible_range(problem: AttentionProblem, row: int, batch_row: int = 0) -> tu
     stop = kv_len if right < 0 else min(kv_len, diagonal + right + 1)
     start = min(start, kv_len)
     return start, max(start, stop)
+
+
+def rows_that_see(problem: AttentionProblem, batch_row: int = 0) -> int:
+    """How many query rows see a key under causal, window and lengths, without looking at each of them.
+
+    Only rows too far ahead of the first key see none: a range ends before it, and never begins after the last key.
+
+    Guarantee: tested (equal to counting ``visible_range``).
+    Raises: PrivacyParameterError for a problem with a packed `mask`.
+    """
+    require(problem.mask is None, "a problem with a packed mask has no visible range", "mask")
+    q_len, kv_len = lengths(problem, batch_row)
+    right = problem.window[1]
+    if problem.causal:
+        right = 0 if right < 0 else min(right, 0)
+    return 0 if kv_len == 0 else q_len if right < 0 else min(q_len, kv_len + right)

@@ -11,8 +11,7 @@ import numpy as np
 
 from dpfa_core.records import Record
 from dpfa_core.spec import AttentionProblem, Norm, PrivacySpec
-from dpfa_core.visibility import lengths
-from dpfa_mechanisms.sensitivity import WorstToken, row_bounds, sensitivity, worst_token
+from dpfa_mechanisms.sensitivity import WorstToken, moving_rows, row_bounds, sensitivity, worst_token
 from dpfa_mechanisms.visible import Floats, Integers, Visible
 
 SHOWN = 1e-3
@@ -70,7 +69,7 @@ def explain(spec: PrivacySpec, problem: AttentionProblem, norm: Norm = "l2") -> 
     power = 1 if norm == "l1" else 2
     saving = max(0.0, 1.0 - bound.value / bound.naive) if bound.naive > 0 else 0.0
     if spec.unit == "sequence":
-        longest = max(range(len(problem.lengths) or 1), key=lambda row: lengths(problem, row)[0])
+        longest = max(range(len(problem.lengths) or 1), key=lambda row: moving_rows(problem, row))
         worst = WorstToken(0.0, longest, None, None)
         seen = own = bound.row_bound
         own_share, sentences = 0.0, _of_sequence(spec, problem, longest)
@@ -121,12 +120,13 @@ def _own_share(
 
 
 def _of_sequence(spec: PrivacySpec, problem: AttentionProblem, longest: int) -> tuple[str, ...]:
-    rows = lengths(problem, longest)[0]
+    rows = moving_rows(problem, longest)
     moves = "its clip norm" if spec.relation == "add_or_remove" else "twice its clip norm"
-    where = f"batch row {longest}, the longest," if problem.lengths else "any batch row"
+    where = f"batch row {longest}, which has most of them," if problem.lengths else "any batch row"
     extent = f"{_count(rows, 'row')} in {_count(problem.q_heads, 'head')}"
     return (
-        f"A whole sequence is one record, so every one of its {extent} can move by {moves}: {where} sets the bound.",
+        f"A whole sequence is one record, so every one of its {extent} that sees a key can move by {moves}: {where} "
+        "sets the bound.",
         "Looking at the softmax buys nothing here: all keys and values change together.",
         'A smaller clip_norm, fewer released rows or heads, or unit="token" would lower it.',
     )

@@ -16,7 +16,7 @@ import numpy as np
 
 from dpfa_core.errors import PrivacyParameterError
 from dpfa_core.spec import AttentionProblem, Norm, PrivacySpec, Reasons, Sensitivity
-from dpfa_core.visibility import lengths
+from dpfa_core.visibility import lengths, rows_that_see
 from dpfa_mechanisms.rounding import (
     accumulation,
     clipped_norm,
@@ -113,9 +113,16 @@ def explain(spec: PrivacySpec, problem: AttentionProblem, norm: Norm = "l2") -> 
     return take_apart(spec, problem, norm)
 
 
+def moving_rows(problem: AttentionProblem, batch_row: int) -> int:
+    """How many rows of one head a record of this batch row can move: a row that sees no key is always zeros."""
+    if problem.mask is None:
+        return rows_that_see(problem, batch_row)
+    return int(np.count_nonzero(Visible.of(problem, batch_row).counts))
+
+
 def _rows(problem: AttentionProblem) -> int:
-    """Released rows times heads of the longest batch row: R."""
-    return max((pair[0] for pair in problem.lengths), default=problem.q_len) * problem.q_heads
+    """Rows that can move times heads, of the batch row that has most of them: R."""
+    return max(moving_rows(problem, row) for row in different_rows(problem)) * problem.q_heads
 
 
 def _whole(row: float, rows: int, norm: Norm) -> float:

@@ -83,5 +83,6 @@ def sequence_cases() -> list[Case]:
             ("dense", "output", "l2", problem_of(clip="output")),
             ("dense, no logit bound", "value", "l1", problem_of(clip="value", logit_bound=None)),
             ("causal, grouped heads", "output", "l1", problem_of(clip="output", causal=True, q_heads=4)),
+            ("causal, 8 queries of 5 keys", "value", "l2", problem_of(kv_len=5, causal=True)),
         )
     ]  # type: ignore[misc]

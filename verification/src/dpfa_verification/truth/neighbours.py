@@ -18,7 +18,9 @@ def farthest(spec: PrivacySpec, problem: AttentionProblem, norm: Norm) -> float:
     Logits are chosen freely within the bound: with a head dimension as large as the number of keys, queries
     and keys for any of them exist. All heads do the same.
     """
-    rows = problem.q_len * problem.q_heads
+    # a row before the first key sees none, and is zeros
+    blind = max(0, problem.q_len - problem.kv_len) if problem.causal else 0
+    rows = (problem.q_len - blind) * problem.q_heads
     clip = problem.clip_norm or math.inf
     if spec.unit == "sequence":
         row = clip * (2 if spec.relation == "replace" else 1)
