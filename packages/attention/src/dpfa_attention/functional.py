@@ -293,14 +293,10 @@ def _with_stats(
 
 def _stats(what: Agreed, ticket: Tensor, terms: Terms) -> PrivacyStats:
     priced = what.priced
-    return PrivacyStats(
+    return PrivacyStats.of(
+        what.spec,
+        priced,
         epsilon_spent=priced.epsilon,
-        delta=what.spec.delta,
-        unit=what.spec.unit,
-        relation=what.spec.relation,
-        privacy_mechanism=priced.mechanism,
-        noise_multiplier=priced.noise_multiplier,
-        noise_std=priced.noise_std,
         backend=what.backend,
         event_id=line_of(ticket),
         secure_noise=terms.seed is None,

@@ -45,6 +45,7 @@ class Packing:
         return out if self.queries is None else _moved(out, self.queries.argsort(1))
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # lengths are numbers that a graph would keep as constants
 def packing(shown_keys: ShownKeys, *, shape: tuple[int, int, int]) -> Packing:
     """The packing of a batch of self-attention whose last S keys are those of its queries.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any, Literal
 
@@ -77,19 +78,13 @@ def attention_of_noised_scores(
         logit_bound=logit_bound,
         lengths=lengths,
     )
-    problem = AttentionProblem(
-        batch=asked.batch,
-        q_len=asked.q_len,
-        kv_len=asked.kv_len,
-        q_heads=asked.q_heads,
+    problem = dataclasses.replace(
+        asked,
         kv_heads=asked.q_heads,
         head_dim=asked.kv_len,
-        causal=asked.causal,
-        window=asked.window,
-        lengths=asked.lengths,
-        clip="output",
         clip_norm=logit_bound * math.sqrt(asked.kv_len),
-        device=asked.device,
+        logit_bound=None,
+        dtype="float32",
     )
     book = functional.ledger_numbered(ledger, spec)
     priced = priced_release(MECHANISMS.entry(name), accountant, spec, problem, book.delta or 0.0)
@@ -110,14 +105,10 @@ def attention_of_noised_scores(
     noised: Tensor = _Released.apply(scores, released)  # type: ignore[no-untyped-call]
     weights = visible_softmax(noised, problem)
     mixed = torch.einsum("bihj,bjhd->bihd", weights, _each_head(_finite_rows(v.float()), problem.q_heads))
-    return mixed.to(q.dtype), PrivacyStats(
+    return mixed.to(q.dtype), PrivacyStats.of(
+        spec,
+        priced,
         epsilon_spent=priced.epsilon if covered else math.inf,
-        delta=spec.delta,
-        unit=spec.unit,
-        relation=spec.relation,
-        privacy_mechanism=priced.mechanism,
-        noise_multiplier=priced.noise_multiplier,
-        noise_std=priced.noise_std,
         backend=chosen,
         event_id=event_id,
         secure_noise=key.secure,

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from dpfa_core.spec import Relation, Unit
+from dpfa_core.spec import PrivacySpec, Relation, Unit
+
+if TYPE_CHECKING:
+    from dpfa_attention.pricing import PricedRelease
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,3 +43,16 @@ class PrivacyStats:
     """What each head costs alone, rounded up, where `head_epsilons` were given; inf for one without noise."""
     head_noise_scales: tuple[float, ...] = ()
     """In output units, head by head, where `head_epsilons` were given; Gaussian: std, Laplace: b."""
+
+    @classmethod
+    def of(cls, spec: PrivacySpec, priced: PricedRelease, **more: Any) -> PrivacyStats:
+        """The statement of a release on the terms of `spec`, with the noise that was `priced`."""
+        return cls(
+            delta=spec.delta,
+            unit=spec.unit,
+            relation=spec.relation,
+            privacy_mechanism=priced.mechanism,
+            noise_multiplier=priced.noise_multiplier,
+            noise_std=priced.noise_std,
+            **more,
+        )
