@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from dpfa_attention.functional import dp_flash_attn_func
 from dpfa_attention.module import DPFlashAttention
 from dpfa_attention.release_paths import check_release_paths
+from dpfa_core.events import Laplace
 from dpfa_core.ledger import Ledger
+from dpfa_mechanisms.tensor_mechanism import DPMechanism
 
 E = 8
 
@@ -166,6 +168,53 @@ def test_a_gradient_through_a_release_and_a_call_without_noise_are_leaks() -> No
         found = check_release_paths(Projected(float("inf")), x)
     assert [leak.kind for leak in found.leaks if leak.kind == "output"] == ["output"]
     assert not found.releases
+
+
+class Unpriced(DPMechanism):
+    """Noise whose cost nobody states; `asked` counts how often it was asked for."""
+
+    asked = 0
+
+    def add_noise(self, tensor: Tensor, sensitivity: float, epsilon: float) -> Tensor:
+        self.asked += 1
+        return tensor + torch.randn_like(tensor)
+
+
+class Priced(Unpriced):
+    norm = "l1"
+
+    def dp_event(self, sensitivity: float, epsilon: float, delta: float) -> Laplace:
+        return Laplace(1.001 / epsilon)
+
+
+@pytest.mark.parametrize("mechanism", [Priced(), Unpriced()], ids=["priced", "unpriced"])
+def test_a_mechanism_of_ones_own_ends_a_path_if_it_says_what_it_costs(mechanism: Unpriced) -> None:
+    book = Ledger.memory(delta=1e-5)
+
+    class Own(nn.Module):
+        def __init__(self, around: bool = False) -> None:
+            super().__init__()
+            self.around = around
+
+        def forward(self, x: Tensor) -> Tensor:
+            out = dp_flash_attn_func(x, x, x, epsilon=1.0, delta=1e-5, mechanism=mechanism, ledger=book)
+            assert isinstance(out, Tensor)
+            return x + out if self.around else out
+
+    x, priced = torch.randn(2, 5, 2, 4), isinstance(mechanism, Priced)
+    found = check_release_paths(Own(), x)
+    assert bool(found) == priced
+    assert found.releases == (("(top)",) if priced else ())
+    assert [leak.kind for leak in found.leaks] == ([] if priced else ["output"])
+    # a way around it is found, and so is a gradient through it
+    assert [leak.kind for leak in check_release_paths(Own(around=True), x).leaks] == ["output"]
+    through = check_release_paths(Own(), x.clone().requires_grad_())
+    assert [leak.kind for leak in through.leaks] == ["gradient" if priced else "output"]
+    # nothing was charged, and the mechanism was asked for no noise
+    assert not list(book.events())
+    assert mechanism.asked == 0
+    Own()(x)
+    assert mechanism.asked == len(list(book.events())) == 1
 
 
 def test_another_threads_release_is_a_release_during_a_check() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,7 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpfa_attention import functional
 from dpfa_attention.adaptive_clip import Moved
+from dpfa_attention.stats import PrivacyStats
+from dpfa_attention.tensor_release import Found
 from dpfa_attention.terms import Terms, agreed
+from dpfa_core.contracts import TensorMechanism
 from dpfa_core.ledger import Ledger
 from dpfa_core.spec import PrivacySpec
 
@@ -68,7 +72,8 @@ def check_release_paths(
     A release ends a path: in this run it returns zeros, charges nothing and draws no noise. Outside are what
     the module returns, buffers and parameters that its forward changes, tensors that it keeps on itself or on a
     submodule, Python numbers that it reads off a tensor (``item()``, ``if``), and gradients, where gradients are
-    enabled and a release lets a backward pass on into what comes before it. A call without noise is no release.
+    enabled and a release lets a backward pass on into what comes before it. A call without noise is no
+    release, nor is one whose mechanism finishes tensors and does not say, by ``dp_event``, what that costs.
 
     What a run cannot show is not found: branches that these inputs do not take, ``tolist()`` and ``numpy()``,
     values kept elsewhere (a global, a file, an object of another class), compiled submodules. Memory is followed as
@@ -130,6 +135,14 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def module(self) -> str:
         return self.modules[-1] if self.modules else "(top)"
 
+    def ended_by_a_release(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Zeros that depend on nothing; notes the release, and a gradient that would flow back through it."""
+        where = self.module()
+        self.releases.append(where)
+        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+            self.read.append(LeakingPath("gradient", f"into what is before {where}", "a backward pass", ()))
+        return torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
@@ -153,6 +166,19 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.ways.setdefault(_storage(tensor), way)
 
 
+class _WithoutNoise:
+    """A mechanism that works on tensors, in all but its noise; what it is asked for goes to the one it stands for."""
+
+    def __init__(self, mechanism: TensorMechanism) -> None:
+        self._mechanism = mechanism
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._mechanism, name)
+
+    def add_noise(self, tensor: Tensor, sensitivity: float, epsilon: float) -> Tensor:
+        return tensor
+
+
 def _written(func: Any, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
     """Arguments that the operation changes."""
     for place, argument in enumerate(func._schema.arguments):
@@ -170,8 +196,8 @@ def _written(func: Any, name: str, args: tuple[Any, ...], kwargs: Mapping[str, A
 def _releases_end_paths(trace: _Trace) -> Iterator[None]:
     """In here a release is zeros that depend on nothing, and goes to a ledger that is thrown away."""
     names, here = vars(functional), threading.get_ident()
-    before = {name: names[name] for name in ("release", "draw", "moved_clip", "ledger_numbered")}
-    release, draw, moved_clip, ledger_numbered = before.values()
+    before = {name: names[name] for name in ("release", "draw", "tensor_release", "moved_clip", "ledger_numbered")}
+    release, draw, tensor_release, moved_clip, ledger_numbered = before.values()
     scratch: list[Ledger] = []
 
     def ends(q: Tensor, k: Tensor, v: Tensor, ticket: Tensor, *values: Any) -> Tensor:
@@ -180,11 +206,19 @@ def _releases_end_paths(trace: _Trace) -> Iterator[None]:
         if elsewhere or plan.distribution == "none" or plan.noiseless_heads:
             released: Tensor = release(q, k, v, ticket, *values)
             return released
-        where = trace.module()
-        trace.releases.append(where)
-        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-            trace.read.append(LeakingPath("gradient", f"into what is before {where}", "a backward pass", ()))
-        return torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+        return trace.ended_by_a_release(q, k, v)
+
+    def finished(
+        q: Tensor, k: Tensor, v: Tensor, found: Found, spec: PrivacySpec, ledger: int, **rest: Any
+    ) -> tuple[Tensor, PrivacyStats]:
+        if threading.get_ident() != here:
+            noised: tuple[Tensor, PrivacyStats] = tensor_release(q, k, v, found, spec, ledger, **rest)
+            return noised
+        scratch.append(Ledger.memory(unit=spec.unit, relation=spec.relation))
+        entry, mechanism = found
+        out, stats = tensor_release(q, k, v, (entry, _WithoutNoise(mechanism)), spec, scratch[-1].number, **rest)
+        # a mechanism that does not say what its noise costs promises nothing, so its output leaks
+        return (trace.ended_by_a_release(q, k, v) if math.isfinite(stats.epsilon_spent) else out), stats
 
     def uncharged(q: Tensor, k: Tensor, v: Tensor, terms: Terms, bias: Tensor | None = None) -> Tensor:
         if threading.get_ident() == here:
@@ -206,7 +240,8 @@ def _releases_end_paths(trace: _Trace) -> Iterator[None]:
         scratch.append(Ledger.memory(unit=spec.unit, relation=spec.relation))
         return scratch[-1]
 
-    names |= {"release": ends, "draw": uncharged, "moved_clip": unmoved, "ledger_numbered": thrown_away}
+    names |= {"release": ends, "draw": uncharged, "tensor_release": finished}
+    names |= {"moved_clip": unmoved, "ledger_numbered": thrown_away}
     try:
         yield
     finally:
