@@ -32,9 +32,9 @@ TABLE: list[tuple[dict[str, Any], dict[str, Any], str]] = [
         "needs clip=\"value\", got 'output'; an output clip lets every row that sees the token move by twice",
     ),
     ({}, {"head_epsilons": [0.5] * 3}, "head_epsilons must hold 4 numbers, one for each part, got"),
-    ({"S": 0}, {}, "q_len must be an integer >= 1, got 0."),
-    ({"S": 5, "Sk": 0}, {}, "kv_len must be an integer >= 1, got 0."),
-    ({"B": 0}, {}, "batch must be an integer >= 1, got 0."),
+    ({"S": 0}, {}, "q_len must be an integer >= 1, got 0. Leave out a call that has nothing to attend to."),
+    ({"S": 5, "Sk": 0}, {}, "kv_len must be an integer >= 1, got 0. Leave out a call that has nothing to attend to."),
+    ({"B": 0}, {}, "batch must be an integer >= 1, got 0. Leave out a call that has nothing to attend to."),
     (
         {"dtype": HALF},
         {"epsilon": 1e-3, "clip_norm": 10.0},

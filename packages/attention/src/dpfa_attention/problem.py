@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpfa_core.checks import require
+from dpfa_core.checks import integer, require
 from dpfa_core.spec import AttentionProblem
 from dpfa_mechanisms.sensitivity import different_rows
 from dpfa_mechanisms.visible import Visible
@@ -20,6 +20,9 @@ DTYPES = {
     torch.float16: "float16",
     torch.float64: "float64",
 }
+
+
+NOTHING = "Leave out a call that has nothing to attend to."
 
 
 def attention_problem(
@@ -66,6 +69,8 @@ def attention_problem(
         "Query head h uses key head h // (H / Hk).",
     )
     require(isinstance(causal, bool), "causal must be True or False", causal)
+    for name, size in (("batch", B), ("q_len", S), ("kv_len", Sk)):
+        integer(name, size, least=1, remedy=NOTHING)
     problem = AttentionProblem(
         batch=B,
         q_len=S,
@@ -92,7 +97,7 @@ def attention_problem(
         seen,
         "at least one query must see a key",
         "lengths or a mask that hide every key",
-        "Leave out a call that has nothing to attend to.",
+        NOTHING,
     )
     return problem
 
