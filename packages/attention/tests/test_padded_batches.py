@@ -77,3 +77,8 @@ def test_padding_at_the_end_moves_nothing() -> None:
 def test_a_mask_of_another_shape_is_refused() -> None:
     with pytest.raises(PrivacyParameterError, match=r"must be \[batch, keys\], \(2, 5\), got \(2, 6\)"):
         packing(ShownKeys(True, keys_of("left")), shape=(2, 5, 5))
+
+
+def test_more_queries_than_keys_are_refused() -> None:
+    with pytest.raises(PrivacyParameterError, match="7 queries must stand at the last of as many keys"):
+        packing(ShownKeys(True, keys_of("left")), shape=(2, 7, 6))

@@ -112,6 +112,18 @@ def test_every_layer_and_call_is_charged_to_one_ledger(ledger) -> None:
     assert spent["ledger_epsilon"] == ledger.spent()
 
 
+def test_what_an_attention_returns_has_noise_of_the_size_that_was_asked_for() -> None:
+    model, x = made(bert), torch.randn(3, 40, 16)
+    layer = model.encoder.layer[0].attention.self
+    release_attention(model, **OPEN, clip_norm=0.5)
+    with torch.no_grad():
+        exact = layer(x)[0]
+        release_attention(model, epsilon=100.0, delta=1e-5, clip_norm=0.5, mechanism="gaussian(noise_multiplier=3.0)")
+        noise = (layer(x)[0] - exact) / (3.0 * 2 * 0.5 * math.sqrt(40 * 4))
+    # 1920 numbers: their mean square is within 6 * sqrt(2 / 1920) of 1
+    assert abs(float(noise.square().mean()) - 1.0) < 0.2
+
+
 def test_a_spent_budget_stops_a_forward() -> None:
     ledger = Ledger.memory(unit="sequence", relation="replace", delta=1e-5, budget=10.0)
     model = made(gpt2)
@@ -240,6 +252,21 @@ def test_cross_attention_is_refused() -> None:
     release_attention(model, **OPEN)
     with pytest.raises(PrivacyParameterError, match="got 'cross-attention in BertCrossAttention"):
         run(model, **batch_of(bert), encoder_hidden_states=torch.randn(3, 4, 16))
+
+
+def test_other_keys_than_the_queries_own_are_refused() -> None:
+    model = made(vit)
+    release_attention(model, **OPEN)
+    query, key = torch.randn(1, 4, 3, 4), torch.randn(1, 4, 5, 4)
+    with pytest.raises(PrivacyParameterError, match="got '3 queries beside 5 keys in ViTAttention'"):
+        dp_attention(model.layers[0].attention, query, key, key, None)
+
+
+def test_an_attention_of_somebodys_own_class_is_found() -> None:
+    model = made(vit)
+    for layer in model.layers:
+        layer.attention.__class__ = type("Mine", (type(layer.attention),), {})
+    assert len(release_attention(model, **OPEN).layers) == 2
 
 
 def test_an_attention_that_asks_no_registry_is_refused() -> None:

@@ -51,10 +51,12 @@ def packing(shown_keys: ShownKeys, *, shape: tuple[int, int, int]) -> Packing:
 
     Guarantee: tested (equal to masked attention for padding left, right and in between, with and without a cache).
     Args: `shape` is (B, S, Sk), Sk >= S.
-    Raises: PrivacyParameterError for a mask of another shape, or for padding inside a text under a window.
+    Raises: PrivacyParameterError for more queries than keys, a mask of another shape, or padding inside a text under a
+        window.
     """
     B, S, Sk = shape
     keys = shown_keys.keys
+    require(Sk >= S, f"the {S} queries must stand at the last of as many keys or more", Sk)
     if keys is None:
         return Packing()
     require(tuple(keys.shape) == (B, Sk), f"a padding mask must be [batch, keys], {(B, Sk)}", tuple(keys.shape))

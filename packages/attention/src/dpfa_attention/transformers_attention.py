@@ -107,6 +107,12 @@ def dp_attention(
         attention_mask = _said_by(module, is_causal, sliding_window)
     terms: dict[str, Any] = {}
     if isinstance(attention_mask, ShownKeys):
+        require(
+            attention_mask.causal or Sk == S,
+            f"{NAME} releases self-attention only",
+            f"{S} queries beside {Sk} keys in {type(module).__name__}",
+            "Choose a model without cross-attention.",
+        )
         terms |= {"causal": attention_mask.causal, "window_size": attention_mask.window}
         rows = packing(attention_mask, shape=(B, S, Sk))
     else:

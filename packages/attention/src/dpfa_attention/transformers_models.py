@@ -183,7 +183,10 @@ def _name_in(layer: nn.Module) -> str | None:
 
 
 def _asks_the_registry(kind: type) -> bool:
-    functions = (inspect.unwrap(part) for part in vars(kind).values() if inspect.isfunction(part))
+    if hasattr(kind, "set_attn_implementation"):
+        return False  # a model, which knows the registry and is no attention
+    parts = (part for each in kind.__mro__ for part in vars(each).values())
+    functions = (inspect.unwrap(part) for part in parts if inspect.isfunction(part))
     return any("ALL_ATTENTION_FUNCTIONS" in function.__code__.co_names for function in functions)
 
 
