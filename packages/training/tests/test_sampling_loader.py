@@ -317,17 +317,27 @@ def test_evaluation_is_not_measured_and_the_clock_may_take_less():
         probe.expect(rows)
         watched(torch.rand(rows, 3))
     assert probe.chosen is None  # memory would allow millions: the clock decides
-    for rows, seconds in ((4, 4.0), (4, 4.0), (8, 4.0), (8, 4.2), (16, 7.8), (16, 9.0), (32, 20.0), (32, 20.0)):
-        assert probe.rows() == rows
-        probe.clipped(rows, seconds)
-    probe.clipped(64, 80.0)
-    probe.clipped(64, 80.0)
-    assert probe.chosen == probe.rows() == 8  # 16 is faster, by less than a twentieth
+    for size, each in ((2, 3.0), (4, 1.0), (8, 0.5), (16, 0.495)):
+        for slower in (1.0, 1.2, 1.1):
+            assert probe.rows() == size
+            assert probe.chosen is None
+            probe.clipped(size, size * each * slower)
+    assert probe.chosen == probe.rows() == 8  # 16 is faster, but by too little to try 32 or to be worth its memory
+    probe.clipped(16, 0.0)
+    assert probe.chosen == 8
+
+
+def test_a_size_that_gains_something_is_taken_though_the_next_is_not_tried():
+    timing = PartTiming(2, 1000)
+    for size, each in ((2, 1.0), (4, 0.96)):
+        for _ in range(3):
+            timing.took(size, size * each)
+    assert timing.chosen == 4
 
 
 def test_small_draws_end_the_trial():
     timing = PartTiming(4, 1000)
-    for rows in (4, 4, 5, 3, 6):
+    for rows in (4, 4, 4, 5, 3, 6):
         timing.took(rows, 1.0)
     assert timing.chosen == 4
     nothing = PartTiming(4, 1000)

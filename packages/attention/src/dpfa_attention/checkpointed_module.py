@@ -39,12 +39,14 @@ class DPCheckpointedAttention(DPFlashAttention):
         self,
         embed_dim: int,
         num_heads: int,
+        epsilon: float | None = None,
+        delta: float = 1e-5,
         *options: Any,
         checkpoint_gradients: bool = True,
         segments: int = 1,
         **named: Any,
     ) -> None:
-        super().__init__(embed_dim, num_heads, *options, **named)
+        super().__init__(embed_dim, num_heads, epsilon, delta, *options, **named)
         require(
             isinstance(checkpoint_gradients, bool), "checkpoint_gradients must be True or False", checkpoint_gradients
         )

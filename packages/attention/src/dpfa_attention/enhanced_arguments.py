@@ -24,21 +24,6 @@ RANK = 16
 """Of low_rank, where none is given."""
 
 
-def by_name(kind: str, arguments: tuple[Any, ...], options: dict[str, Any]) -> dict[str, Any]:
-    """`options`, and by their names the `arguments` that were given in the base's order, after embed_dim and num_heads.
-
-    Raises: TypeError for too many of them, or one that was given twice.
-    """
-    parameters = inspect.signature(DPFlashAttention).parameters.values()
-    names = [each.name for each in parameters if each.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD][2:]
-    if len(arguments) > len(names):
-        raise TypeError(f"{kind} takes at most {2 + len(names)} positional arguments, got {2 + len(arguments)}")
-    given = dict(zip(names, arguments, strict=False))
-    for name in given.keys() & options.keys():
-        raise TypeError(f"{kind} got multiple values for argument {name!r}")
-    return given | options
-
-
 def one_mechanism(**names: str | TensorMechanism | None) -> str | TensorMechanism:
     """The mechanism, which has several names that must agree."""
     found = {name: value for name, value in names.items() if value is not None}

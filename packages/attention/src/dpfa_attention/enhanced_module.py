@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from functools import cache
 from typing import Any, Literal
 
@@ -16,7 +17,6 @@ from dpfa_attention.checkpointed_module import DPCheckpointedAttention
 from dpfa_attention.default_ledger import ledger_numbered, number_and_delta
 from dpfa_attention.enhanced_arguments import (
     accountant_named,
-    by_name,
     one_mechanism,
     refuse_noise_site,
     refuse_unknown,
@@ -49,8 +49,7 @@ class EnhancedDPFlashAttention(DPCheckpointedAttention):
     Guarantee: tested (as ``dp_flash_attn_func``; with adaptive noise the count and the release together cost at most
     epsilon and delta).
     Args:
-        embed_dim, num_heads, arguments: as in ``DPFlashAttention`` and in its order, epsilon and delta first; every
-            option that is not listed here is as there, too.
+        embed_dim ... dtype: as in ``DPFlashAttention``, and so is every option that is not listed here.
         privacy_mechanism, mechanism, noise_mechanism: one thing under three names; without any it is "pld".
         noise_structure: "low_rank" with `rank` (16), "sparse" with `sparsity` (0.9), "block_diagonal" with `block_size`
             (32), "attention_aware"; see ``dp_flash_attn_func``.
@@ -78,7 +77,15 @@ class EnhancedDPFlashAttention(DPCheckpointedAttention):
         self,
         embed_dim: int,
         num_heads: int,
-        *arguments: Any,
+        epsilon: float | None = None,
+        delta: float = 1e-5,
+        max_grad_norm: float | None = None,
+        head_epsilons: Sequence[float] | None = None,
+        strategy: Literal["importance_based"] | None = None,
+        noise_mechanism: str | TensorMechanism | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
         privacy_mechanism: str | TensorMechanism | None = None,
         mechanism: str | TensorMechanism | None = None,
         noise_structure: str | None = None,
@@ -98,13 +105,9 @@ class EnhancedDPFlashAttention(DPCheckpointedAttention):
         logit_bound: float | None = None,
         **options: Any,
     ) -> None:
-        kind = type(self).__name__
-        options = by_name(kind, arguments, options)
-        refuse_unknown(kind, options, EnhancedDPFlashAttention.__init__)
+        refuse_unknown(type(self).__name__, options, EnhancedDPFlashAttention.__init__)
         chosen = one_mechanism(
-            privacy_mechanism=privacy_mechanism,
-            mechanism=mechanism,
-            noise_mechanism=options.pop("noise_mechanism", None),
+            privacy_mechanism=privacy_mechanism, mechanism=mechanism, noise_mechanism=noise_mechanism
         )
         wide = isinstance(embed_dim, int) and isinstance(num_heads, int) and num_heads > 0
         structure = structured(
@@ -124,7 +127,14 @@ class EnhancedDPFlashAttention(DPCheckpointedAttention):
         super().__init__(
             embed_dim,
             num_heads,
-            noise_mechanism=chosen,
+            epsilon,
+            delta,
+            max_grad_norm,
+            head_epsilons,
+            strategy,
+            chosen,
+            device,
+            dtype,
             noise_structure=structure,
             dropout=dropout,
             checkpoint_gradients=checkpoint_gradients,

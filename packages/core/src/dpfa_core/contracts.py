@@ -238,7 +238,7 @@ class Backend(Protocol):
         """The sum over samples of ``factors[i]`` times the gradient of sample i, in float32."""
         ...
 
-    def per_sample_grad(self, kind: str, saved: tuple[Any, ...], *, out: Tensor | None = None) -> Tensor:
+    def per_sample_grad(self, kind: str, saved: tuple[Any, ...]) -> Tensor:
         """[B, *shape]: every sample's gradient, for blocks of samples small enough to hold it."""
         ...
 

@@ -246,15 +246,15 @@ class TorchBackend:
                 return rule.add_clipped_grad_(total, saved, factors)
             return total.add_(rule.clipped_grad(saved, factors))
 
-    def per_sample_grad(self, kind: str, saved: tuple[Any, ...], *, out: Tensor | None = None) -> Tensor:
+    def per_sample_grad(self, kind: str, saved: tuple[Any, ...]) -> Tensor:
         """Every sample's gradient, for layers where that costs less than a norm without it.
 
         ``sqnorm("bare", ...)`` and ``clipped_grad("bare", ...)`` of the result are then exact: what is measured is
         what is summed.
 
         Guarantee: tested (against exact per-sample gradients).
-        Args: kind: "linear" or "tied"; saved: as in ``sqnorm``; out: float32 memory to use, [B, *shape].
-        Returns: float32 (float64 for float64 inputs) [B, *shape]; `out` itself where it fits.
+        Args: kind: "linear" or "tied"; saved: as in ``sqnorm``.
+        Returns: float32 (float64 for float64 inputs) [B, *shape].
         Raises: PrivacyParameterError for a kind that has no such form, or shapes that do not fit.
         """
         rule = _rule(kind)
@@ -263,7 +263,7 @@ class TorchBackend:
                 f"per_sample_grad offers the kinds 'linear' and 'tied', got {kind!r}; use sqnorm."
             )
         with plain_arithmetic(rule.gradient(saved).device):
-            return rule.per_sample(saved, out)
+            return rule.per_sample(saved)
 
     def add_noise_(
         self,

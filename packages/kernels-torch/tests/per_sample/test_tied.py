@@ -43,7 +43,7 @@ def test_norm_is_a_close_upper_bound_and_the_sum_is_exact(
     factors = torch.rand(B, generator=torch.Generator().manual_seed(1))
     expected = torch.einsum("b,bvd->vd", factors.double(), grads)
     torch.testing.assert_close(backend.clipped_grad("tied", saved, factors).double(), expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(tied.per_sample(saved, None).double(), grads, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(tied.per_sample(saved).double(), grads, rtol=1e-5, atol=1e-5)
 
 
 def test_leaving_out_the_cross_term_would_be_seen(backend: TorchBackend) -> None:

@@ -21,7 +21,7 @@ from dpfa_training.units import joined
 
 
 class ClippedSums:
-    """Adds up clipped gradients; its memory is kept from batch to batch.
+    """Adds up clipped gradients.
 
     Guarantee: tested. Each sample adds at most its threshold in l2 norm, jointly over the parameters of a group.
     A sample whose gradient is not finite adds nothing; its norm is reported as it is.
@@ -30,7 +30,6 @@ class ClippedSums:
 
     def __init__(self, backend: Any, clipping: Clipping) -> None:
         self.backend, self.clipping = backend, clipping
-        self._memory: dict[str, torch.Tensor] = {}
 
     def form_during(self, tape: Tape) -> None:
         """Form gradients while the backward of `tape` runs, where its rows are samples."""
@@ -118,12 +117,7 @@ class ClippedSums:
 
     def _form(self, name: str, note: Note, block: slice) -> torch.Tensor:
         saved = tuple(item[block] if isinstance(item, torch.Tensor) else item for item in note.saved)
-        count, shape = len(saved[0]), shape_of(note)
-        memory = self._memory.get(name)
-        if memory is None or memory.shape[1:] != shape or len(memory) < count:
-            memory = torch.empty((count, *shape), dtype=torch.float32, device=saved[0].device)
-            self._memory[name] = memory
-        result: torch.Tensor = self.backend.per_sample_grad(note.kind, saved, out=memory[:count])
+        result: torch.Tensor = self.backend.per_sample_grad(note.kind, saved)
         return result
 
 

@@ -26,7 +26,7 @@ class Forming:
 
     Guarantee: tested (equal to the gradients formed after the backward).
     Args:
-        form: (parameter, note) to (rows, *shape) float32, in memory that is the caller's.
+        form: (parameter, note) to (rows, *shape) float32.
     """
 
     def __init__(self, backend: Any, form: Form) -> None:

@@ -48,12 +48,10 @@ def clipped_grad(saved: tuple[Any, ...], factors: Tensor) -> Tensor:
     return grad
 
 
-def per_sample(saved: tuple[Any, ...], out: Tensor | None) -> Tensor:
+def per_sample(saved: tuple[Any, ...]) -> Tensor:
     """g_i^T a_i of every sample: [B, p, d]."""
     a, g = _checked(saved)
     dtype = working_dtype(g)
-    if out is not None and out.dtype == dtype:
-        return torch.bmm(g.to(dtype).mT, a.to(dtype), out=out)
     return torch.bmm(g.to(dtype).mT, a.to(dtype)).to(torch.promote_types(g.dtype, torch.float32))
 
 

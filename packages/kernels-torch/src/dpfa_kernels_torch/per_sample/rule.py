@@ -20,7 +20,7 @@ class Rule:
     """`sqnorm(saved, method)` is float64 [B], `clipped_grad(saved, factors)` the weighted sum.
 
     `gradient(saved)` is the output gradient, whose first dimension numbers the samples; `methods` are the
-    values of `method` that exist besides "auto"; `per_sample(saved, out)` forms each sample's gradient;
+    values of `method` that exist besides "auto"; `per_sample(saved)` forms each sample's gradient;
     `add_clipped_grad_(total, saved, factors)` is there where adding in place is cheaper than a sum of its own.
     """
 
@@ -28,7 +28,7 @@ class Rule:
     clipped_grad: Callable[[tuple[Any, ...], Tensor], Tensor]
     gradient: Callable[[tuple[Any, ...]], Tensor]
     methods: tuple[str, ...] = ("direct",)
-    per_sample: Callable[[tuple[Any, ...], Tensor | None], Tensor] | None = None
+    per_sample: Callable[[tuple[Any, ...]], Tensor] | None = None
     add_clipped_grad_: Callable[[Tensor, tuple[Any, ...], Tensor], Tensor] | None = None
 
 

@@ -44,11 +44,11 @@ def clipped_grad(saved: tuple[Any, ...], factors: Tensor) -> Tensor:
     return embedding.add_clipped_grad_(linear.clipped_grad(second, factors), first, factors)
 
 
-def per_sample(saved: tuple[Any, ...], out: Tensor | None) -> Tensor:
+def per_sample(saved: tuple[Any, ...]) -> Tensor:
     """The gradient of every sample: [B, rows, d]."""
     first, second = _parts(saved)
     ids, g, rows, padding = first
-    whole = linear.per_sample(second, out)
+    whole = linear.per_sample(second)
     terms = g.to(whole.dtype)
     if padding is not None:
         terms = torch.where((ids == padding).unsqueeze(-1), 0.0, terms)

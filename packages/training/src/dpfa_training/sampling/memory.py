@@ -18,7 +18,7 @@ SHARE = 0.25
 COPIES = 2
 """Each tensor kept for the backward is joined by a gradient of its size."""
 FIRST = (2, 4)
-"""Rows of the first physical batch, and of those that follow until the choice is made."""
+"""Rows of the first physical batch, and of those that follow until it is known what a row keeps."""
 
 
 class MemoryProbe:
@@ -99,7 +99,7 @@ class MemoryProbe:
         each = max(1, (large - small) // (many - few)) * COPIES
         fitting = max(FIRST[0], int(SHARE * self._free(module)) // each)
         if self._timed:
-            self._timing = PartTiming(FIRST[1], fitting)
+            self._timing = PartTiming(FIRST[0], fitting)
         else:
             self.chosen = fitting
         for hook in self._hooks:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-TRIES = 2
-"""Parts of each size that are timed; the quicker one counts."""
+import math
 
-NEARLY = 1.05
+TRIES = 3
+"""Parts of each size that are timed; the quickest counts."""
+
+WORTH = 1.05
+"""A size that is not quicker than all smaller ones by this factor is the last: the next one doubles the memory."""
+
+NEARLY = 1.02
 """The smallest size within this factor of the fastest is taken: it needs the least memory."""
 
 PATIENCE = 3
@@ -40,8 +45,8 @@ class PartTiming:
         tries.append(seconds / rows)
         if len(tries) < TRIES:
             return
-        quickest = [min(found) for found in self._seconds.values()]
-        if 2 * self._size > self._fitting or (len(quickest) > 2 and min(quickest[-2:]) > min(quickest)):
+        *smaller, now = (min(found) for found in self._seconds.values())
+        if 2 * self._size > self._fitting or WORTH * now > min(smaller, default=math.inf):
             self._choose()
         else:
             self._size *= 2
