@@ -65,8 +65,10 @@ def test_the_main_jobs_accuracy_is_shown_with_its_command_and_epsilon_rounded_up
     found |= {"standard_error": None, "threads": "1", "time": record.time, "commit": None, "dirty": None}
     found |= {"machine": record.machine, "versions": record.versions}
     (tmp_path / "utility").mkdir()
-    (tmp_path / "utility" / "job.jsonl").write_text(json.dumps(found) + "\n")
+    other = json.dumps({"what": "something else", "command": "another"})
+    (tmp_path / "utility" / "job.jsonl").write_text(f"{json.dumps(found)}\n{other}\n")
     plot.write_page(tmp_path, tmp_path / "out")
     text = (tmp_path / "out" / "tables.md").read_text()
     assert text.index("$ python -m dpfa_benchmarks.utility") < text.index(record.command)
     assert "| 0 | 90.0% | 95.0% | 10.0% | 3.0000 at 0.0001 | 60 |" in text
+    assert "another" not in text

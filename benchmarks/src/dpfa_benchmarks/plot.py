@@ -13,6 +13,8 @@ from matplotlib.figure import Figure
 
 from dpfa_benchmarks.record import Record, Result, read
 
+MAIN_JOB = "test accuracy of dpfa train"
+"""What the records of ``dpfa_benchmarks.utility`` say that they are about."""
 OURS, OTHERS = "#2a6f97", "#b8c4cc"
 
 
@@ -38,7 +40,8 @@ def write_page(folder: Path, out: Path) -> list[Path]:
     lines = [line for path in files for line in path.read_text(encoding="utf-8").splitlines() if line]
     latest: dict[str, dict[str, Any]] = {}
     for found in map(json.loads, lines):
-        latest[found["command"]] = found
+        if found.get("what", MAIN_JOB) == MAIN_JOB:
+            latest[found["command"]] = found
     return write(newest(folder), out, [utility_table(found) for found in latest.values()])
 
 
@@ -109,7 +112,7 @@ def table(record: Record) -> str:
             "",
             f"One repetition: {record.step}; {record.repeats} rounds; threads: {record.threads}; {parameters}.",
             "",
-            _where(record.machine, record.time, record.commit, record.dirty, record.versions),
+            where(record.machine, record.time, record.commit, record.dirty, record.versions),
             "",
             "```console",
             f"$ {record.command}",
@@ -139,7 +142,7 @@ def utility_table(found: dict[str, Any]) -> str:
             *rows,
             "",
             f"Threads: {found['threads']}. "
-            + _where(found["machine"], found["time"], found["commit"], found["dirty"], found["versions"]),
+            + where(found["machine"], found["time"], found["commit"], found["dirty"], found["versions"]),
             "",
             "```console",
             f"$ {found['command']}",
@@ -154,7 +157,8 @@ def _up(value: float) -> str:
     return f"{math.ceil(value * 1e4) / 1e4:.4f}"
 
 
-def _where(machine: dict[str, Any], time: str, commit: str | None, dirty: bool | None, versions: dict[str, str]) -> str:
+def where(machine: dict[str, Any], time: str, commit: str | None, dirty: bool | None, versions: dict[str, str]) -> str:
+    """Machine, time, source and versions of a record, in a sentence each."""
     source = "no commit" if commit is None else f"commit {commit[:12]}" + (" (modified)" if dirty else "")
     packages = ", ".join(f"{name} {version}" for name, version in versions.items())
     return (

@@ -20,6 +20,7 @@ from typing import Any
 from rich.progress import track
 
 from dpfa_benchmarks import surroundings
+from dpfa_benchmarks.plot import MAIN_JOB
 
 KEPT = (
     "test_accuracy",
@@ -47,7 +48,7 @@ def main(arguments: list[str]) -> int:
     commit, dirty = surroundings.commit()
     accuracies = [run["test_accuracy"] for run in runs]
     record = {
-        "what": "test accuracy of dpfa train",
+        "what": MAIN_JOB,
         "command": shlex.join(["python", "-m", "dpfa_benchmarks.utility", *arguments]),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit,
