@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +128,20 @@ def test_the_page_says_what_the_record_holds(record: dict[str, Any], tmp_path: P
     for part in ("labels not covered", f"{record['seconds']:.0f} s", "| ∞ |", record["command"]):
         assert part in text
     assert "<svg" in out.with_suffix(".svg").read_text(encoding="utf-8")
+
+
+def test_the_page_in_the_docs_shows_the_newest_record() -> None:
+    root = Path(__file__).resolve().parents[2]
+    record, shown = page.newest(root / page.RECORD), root / "docs" / "benchmarks" / "real-text.md"
+    assert shown.read_text(encoding="utf-8") == page.page(record, "real-text.svg"), (
+        "run dpfa_benchmarks.real_text --page"
+    )
+    # a picture's bytes depend on the version of matplotlib
+    carried = re.search(r"<dc:description>(.*?)</dc:description>", shown.with_suffix(".svg").read_text(), re.DOTALL)
+    assert carried is not None
+    assert unescape(carried[1]) == page.description(record)
+    assert record["seconds"] < 120
+    assert record["dirty"] is False
 
 
 def test_intervals_are_students() -> None:
