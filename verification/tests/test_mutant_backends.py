@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 
@@ -140,6 +141,37 @@ def row_maximum(dtype: torch.dtype) -> Callable[..., torch.Tensor]:
     return weights
 
 
+def one_key_after_the_other(true: Any, *arguments: Any, **scale: Any) -> Any:
+    """Weighted values, added up in the order of the keys."""
+
+    def rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> torch.Tensor:
+        shares = attention._shares(q, k, *rest)[1]
+        groups = shares.shape[2]
+        terms = shares.flatten(1, 2).permute(0, 2, 3, 1).unsqueeze(-1) * v.repeat_interleave(groups, 2).unsqueeze(1)
+        return in_order(terms, 2)
+
+    with patch.object(attention, "attention_rows", rows):
+        return true(*arguments, **scale)
+
+
+def weights_one_after_the_other(true: Any, *arguments: Any, **scale: Any) -> Any:
+    """The weights' sum, likewise: it divides all of them."""
+    exact = attention._shares
+
+    def shares(*given: Any) -> Any:
+        logits, _, slopes = exact(*given)
+        weights, _ = attention.softmax_weights(logits, given[2][:, None, None], given[3])
+        return logits, weights / in_order(weights, -1).unsqueeze(-1), slopes
+
+    with patch.object(attention, "_shares", shares):
+        return true(*arguments, **scale)
+
+
+def in_order(terms: torch.Tensor, dim: int) -> torch.Tensor:
+    array = terms.movedim(dim, 0).numpy()
+    return torch.from_numpy(np.add.accumulate(array, axis=0)[-1])
+
+
 def gradient_without_keys(true: Any, dout: Any, saved: Any) -> Any:
     dq, dk, dv = true(dout, saved)
     return dq, torch.zeros_like(dk), dv
@@ -257,6 +289,8 @@ MUTANTS: list[tuple[str, dict[str, Callable[..., Any]]]] = [
     ("poison", {"release": spoiled_by_nan}),
     ("nothing_visible", {"release": mean_where_nothing_is_seen}),
     ("hidden_keys", {"release": with_weights(mask_before_the_bound)}),
+    ("long_sums", {"release": one_key_after_the_other}),
+    ("long_sums", {"release": weights_one_after_the_other}),
     ("token_rounding", {"release": with_weights(row_maximum(torch.bfloat16))}),
     ("token_rounding", {"release": with_weights(row_maximum(torch.float16))}),
     ("privatize_clip", {"privatize_": clip_forgotten}),

@@ -97,7 +97,7 @@ def page(picture: str) -> str:
         "How to read it:",
         "",
         "- **Dense, public queries.** A token's largest weight falls like e²ᴮ/S in each of S rows, so the noise falls "
-        "with the length, until the margin for rounding, which grows with the terms of a sum, is what is left.",
+        "with the length; the margin for rounding, which grows with S/256, is a small part of it here.",
         "- **Dense, private queries.** The token's own row can turn around entirely, whatever the length: a floor.",
         "- **Causal.** The first rows see few keys, and the first key is seen by all: the noise does not fall with S, "
         "and stops growing once S is large beside e²ᴮ. A window stops it at its own width.",

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from dpfa_core.contracts import SUMMED_KEYS
 from dpfa_core.errors import PrivacyParameterError
 from dpfa_core.spec import AttentionProblem, PrivacySpec
-from dpfa_mechanisms.rounding import clipped_norm, output_norm
+from dpfa_mechanisms.rounding import accumulation, clipped_norm, output_norm
 from dpfa_mechanisms.sensitivity import max_weight, sensitivity
 
 Array = NDArray[np.float64]
@@ -73,6 +76,41 @@ def test_margin_is_not_idle(clip: str) -> None:
     case = dataclasses.replace(problem(64, 64, "bfloat16", clip_norm=norm), clip=clip)
     assert grown > norm * (1 + 2.0**-8) ** (0.9 if clip == "output" else 1.8)
     assert grown <= output_norm(case, "l2")
+
+
+def one_sum(terms: NDArray[np.float32]) -> NDArray[np.float32]:
+    """One term after the other, in float32."""
+    return np.add.accumulate(terms, axis=0)[-1]
+
+
+def sum_of_sums(terms: NDArray[np.float32]) -> NDArray[np.float32]:
+    parts = [one_sum(terms[start : start + SUMMED_KEYS]) for start in range(0, len(terms), SUMMED_KEYS)]
+    return one_sum(np.stack(parts))
+
+
+def loss_of_a_mean(n: int, add: Callable[[NDArray[np.float32]], NDArray[np.float32]]) -> float:
+    """Largest relative error of the mean of n equal numbers with equal weights, over many numbers and weights."""
+    numbers = np.linspace(1.0, 2.0, 150, dtype=np.float32)
+    numerator = add(np.broadcast_to(numbers * np.float32(0.625), (n, 150)))
+    denominator = add(np.broadcast_to(np.float32(0.625), (n, 1)))
+    return float(np.abs((numerator / denominator).astype(np.float64) / numbers - 1.0).max())
+
+
+@pytest.mark.parametrize("n", [1, 2, 255, 256, 257, 511, 513, 4096, 20_000])
+def test_sums_of_sums_lose_less_than_is_allowed_for(n: int) -> None:
+    assert loss_of_a_mean(n, sum_of_sums) <= accumulation(n)
+    assert n > SUMMED_KEYS or loss_of_a_mean(n, one_sum) <= accumulation(n)
+
+
+def test_one_sum_of_many_keys_would_lose_more() -> None:
+    assert loss_of_a_mean(20_000, one_sum) > 2 * accumulation(20_000)
+
+
+def test_allowance_grows_by_parts_and_never_falls() -> None:
+    allowed = [accumulation(n) for n in range(1, 5000)]
+    assert all(now <= then for now, then in itertools.pairwise(allowed))
+    assert allowed[255] == (256 + 3) * 2.0**-23
+    assert accumulation(65_536) == (256 + 256 + 3) * 2.0**-23
 
 
 def token_attack(n: int, bound: float, dtype: str, *, subtract_maximum: bool) -> float:

@@ -107,9 +107,8 @@ what the last column says, at δ = {10 * DELTA:g}.
 
 **Where the accuracy goes.** The logit bound of {LOGIT_BOUND:g} keeps the weight of one record below e²/n
 ([P3](../reference/privacy.md#p3-sensitivity-of-one-call)); it also flattens the vote, which limits the accuracy at
-ε = ∞. At n = {train} the margin for rounding in float32, which grows with n, is {margin:.1f} times that weight:
-more records would not lower the noise. It grows with the root of the number of queries: one alone has {one:.0f} %
-of it.
+ε = ∞. The margin for rounding in float32 adds {100 * margin:.0f} % of that weight at n = {train}. The noise grows with
+the root of the number of queries: one alone has {one:.0f} % of it.
 
 ## A head learns from released features (DP-Forward)
 

@@ -24,6 +24,7 @@ from dpfa_core.spec import (
 
 __all__ = [
     "CONTRACT_VERSION",
+    "SUMMED_KEYS",
     "Accountant",
     "Backend",
     "CounterLayout",
@@ -181,6 +182,12 @@ class Accountant(Protocol):
     def from_state(cls, state: dict[str, Any]) -> Accountant: ...
 
 
+SUMMED_KEYS = 256
+"""Keys that a release may add up in float32 one after the other. Longer sums are sums of sums of so many, so that no
+term goes through more than ``SUMMED_KEYS + n / SUMMED_KEYS`` additions; what is left of each sensitivity for rounding
+rests on it."""
+
+
 class Backend(Protocol):
     """Computes attention and exactly the planned noise. The entry point is a callable without arguments.
 
@@ -210,6 +217,8 @@ class Backend(Protocol):
         bias: Tensor | None = None,
     ) -> tuple[Tensor, Any]:
         """q, k, v (B, S, H, D) to (out in q's dtype, saved for backward); the LSE never leaves.
+
+        Weights, and weighted values, are added up as ``SUMMED_KEYS`` says.
 
         `bias` comes only where the problem is ``biased``: (B or 1, H or 1, S, Sk) is added to the logits, of (B or 1,
         H) slopes minus the slope times the distance from the bottom-right diagonal.

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import reduce
 
 import torch
 from torch import Tensor
 
+from dpfa_core.contracts import SUMMED_KEYS
 from dpfa_core.spec import AttentionProblem, Norm
 from dpfa_kernels_torch.clipping import clip_rows, clip_rows_backward, zero_unless_finite
 from dpfa_kernels_torch.visibility import key_ranges, visible_keys
@@ -72,7 +74,9 @@ def attention_rows(
     Returns: [B, N, H, D]; zeros for a row that sees no key.
     """
     _, shares, _ = _shares(q, k, visible, logit_bound, softmax_scale, bias)
-    return torch.einsum("bkgnm,bmkd->bnkgd", shares, v).reshape(q.shape)
+    parts = zip(shares.split(SUMMED_KEYS, -1), v.split(SUMMED_KEYS, 1), strict=True)
+    # one sum after the other, and no ``baddbmm``: a product may add its terms to what is there one by one
+    return reduce(Tensor.add_, (torch.einsum("bkgnm,bmkd->bnkgd", *part) for part in parts)).reshape(q.shape)
 
 
 def attention_rows_backward(
@@ -108,7 +112,7 @@ def _shares(
     if bias is not None:
         logits = logits + (bias[:, None] if bias.shape[1] == 1 else bias.unflatten(1, logits.shape[1:3]))
     weights, slopes = softmax_weights(logits, visible[:, None, None], logit_bound)
-    total = weights.sum(-1, keepdim=True)
+    total = reduce(Tensor.add_, (part.sum(-1, keepdim=True) for part in weights.split(SUMMED_KEYS, -1)))
     return logits, (weights / torch.where(total > 0, total, 1.0)).to(q.dtype), slopes
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -9,13 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpfa_core.contracts import Backend
+from dpfa_core.contracts import SUMMED_KEYS, Backend
 from dpfa_core.spec import AttentionProblem, NoisePlan, PrivacySpec
+from dpfa_mechanisms.rounding import accumulation
 from dpfa_mechanisms.sensitivity import sensitivity
 from dpfa_verification.conformance.bench import NO_TENSORS, SILENT, Bench, plan, transform_for
 from dpfa_verification.conformance.level import Level
 from dpfa_verification.conformance.obligation import Undecided, holds, obligation
 from dpfa_verification.truth import attention as truth
+from dpfa_verification.truth.drifting_sums import drifting
 from dpfa_verification.truth.rounded_weights import neighbours
 
 TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2, "float16": 3e-3}
@@ -189,3 +192,24 @@ class ReleaseExamination:
                 f"one of {problem.kv_len} tokens moves a row by {moved:.4g}, its sensitivity is {claim:.4g}, for "
                 f"{problem}; is a weight rounded after the row's maximum is taken off?",
             )
+
+    @obligation("long_sums", "PRIVACY P10: sums over many keys lose no more than their sensitivity allows for")
+    def long_sums(self) -> None:
+        """A mean of many equal values, of those that a sum in one go rounds the same way each time."""
+        sizes = {"batch": 1, "q_len": 1, "kv_len": 1 << 14, "q_heads": 1, "kv_heads": 1, "head_dim": 16}
+        # weights are exp(-logit_bound) here, which drifts, too
+        bound = -math.log(float(drifting(sizes["kv_len"], 1)) / 2)
+        problem = self.bench.problem(**sizes, clip_norm=16.0, logit_bound=bound)
+        if self.backend.supports("release", problem, SILENT):
+            raise Undecided("supports() has a reason against a row of 16384 keys in float32")
+        value = drifting(problem.kv_len, problem.head_dim)
+        q, k = torch.zeros(1, 1, 1, problem.head_dim), torch.zeros(1, problem.kv_len, 1, problem.head_dim)
+        inputs = (q, k, value.expand(k.shape).contiguous())
+        out, _ = self.run(tuple(x.to(self.bench.device) for x in inputs), problem)  # type: ignore[arg-type]
+        off = float((out.double().cpu().flatten() - value.double()).norm() / value.double().norm())
+        allowed = accumulation(problem.kv_len)
+        holds(
+            off <= allowed,
+            f"a mean of {problem.kv_len} equal values is off by {off:.3g} of it, allowed is {allowed:.3g}, for "
+            f"{problem}; does a sum of more than {SUMMED_KEYS} keys take one after the other?",
+        )
