@@ -24,6 +24,23 @@ CASES: list[tuple[dict[str, Any], type[DPFAError], str]] = [
     ({"delta": 0.0}, PrivacyParameterError, "needs delta > 0, got 0.0; use laplace"),
     ({"delta": 0.0, "mechanism": "laplace"}, PrivacyParameterError, "delta must exceed 3.16e-11, what the end of the"),
     ({"delta": 1e-30}, PrivacyParameterError, "in float32, got 1e-30; raise delta or lower epsilon."),
+    (
+        {"epsilon": 1e4},
+        PrivacyParameterError,
+        "must be wide enough that the end of its sampler hides in delta=1e-05, got epsilon=10000, which asks for noise",
+    ),
+    ({"epsilon": 1e300}, PrivacyParameterError, "lower epsilon, or give epsilon=inf for attention that is not private"),
+    (
+        {"epsilon": 1e300, "mechanism": "laplace"},
+        PrivacyParameterError,
+        "got epsilon=1e+300, which asks for noise of 1e-300 times the sensitivity, whose end costs 1 at this size",
+    ),
+    ({"epsilon": 1e300, "mechanism": "discrete_gaussian"}, PrivacyParameterError, "multiplier of 0.25 or more, got"),
+    (
+        {"epsilon": math.inf, "head_epsilons": [1.0, 1.0, 1.0, 1e4]},
+        PrivacyParameterError,
+        "must be wide enough that the end of its sampler hides",
+    ),
     ({"unit": "user"}, PrivacyParameterError, "got 'user'. Examples and users are units of training."),
     ({"unit": "word"}, PrivacyParameterError, "unit must be one of 'sequence', 'token'"),
     ({"relation": "swap"}, PrivacyParameterError, "relation must be one of 'add_or_remove', 'replace', got 'swap'"),

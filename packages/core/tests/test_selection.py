@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
 
 from dpfa_core import selection
 from dpfa_core.errors import BackendUnavailable, PluginError
+from dpfa_core.spec import AttentionProblem
 
 THIRD_PARTY = "third party: chosen only when asked for by name."
 
@@ -112,6 +114,31 @@ def test_an_operation_that_is_not_offered_is_a_reason(plugins: Any, backend_sour
     add(plugins, backend_source("torch"), "dpfa-kernels-torch", "torch")
     with pytest.raises(BackendUnavailable, match="torch: does not offer the operation 'training'"):
         choose(op="training")
+
+
+@pytest.mark.parametrize(
+    ("accepts", "reasons"),
+    [
+        ("", ("its release takes no bias of the logits: leave out alibi_slopes and additive masks.",)),
+        (", bias=None", ()),
+        (", **more", ()),
+    ],
+)
+def test_a_release_that_takes_no_bias_is_not_asked_for_one(
+    plugins: Any, backend_source: Any, accepts: str, reasons: tuple[str, ...]
+) -> None:
+    source = backend_source("fast")
+    assert "*inputs, softmax_scale)" in source
+    add(plugins, source.replace("*inputs, softmax_scale)", f"*inputs, softmax_scale{accepts})"), "acme-fast", "fast")
+    plain = AttentionProblem(batch=1, q_len=1, kv_len=1, q_heads=1, kv_heads=1, head_dim=1)
+    biased = dataclasses.replace(plain, biased=True)
+    assert selection.select("release", plain, None, "fast").name == "fast"
+    assert selection.select("privatize", biased, None, "fast").name == "fast"
+    if not reasons:
+        assert selection.select("release", biased, None, "fast").name == "fast"
+        return
+    with pytest.raises(BackendUnavailable, match=f"backend 'fast' cannot run 'release' here: {reasons[0]} Choose"):
+        selection.select("release", biased, None, "fast")
 
 
 def test_one_object_per_process(plugins: Any, backend_source: Any) -> None:

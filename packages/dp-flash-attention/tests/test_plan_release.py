@@ -139,7 +139,7 @@ def test_warnings_are_plain_and_only_where_they_are_true(plan):
         (CALL | {"delta": 1}, "delta must be in (0, 1), got 1.0."),
         (CALL | {"delta": "nan"}, "delta must be in (0, 1), got nan."),
         (CALL | {"delta": 1e-300}, "what the end of the noise sampler costs at this size in float32"),
-        (without(CALL, "epsilon") | {"noise_multiplier": 0.01}, "what the end of the noise sampler costs at this size"),
+        (without(CALL, "epsilon") | {"noise_multiplier": 0.01}, "whose end costs 1 at this size in float32; take"),
         (
             without(CALL, "epsilon") | {"total_epsilon": 1, "calls": 10**9, "delta": 1e-12},
             "the release still costs more",

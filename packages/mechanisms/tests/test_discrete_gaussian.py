@@ -98,7 +98,7 @@ def test_calibrated_noise_suffices_and_is_least(epsilon: float, log10_delta: flo
 
 
 def test_extreme_parameters_give_numbers() -> None:
-    for epsilon, delta in [(1e-12, 1e-15), (700.0, 1e-12), (5e3, 0.5), (1e-3, 1e-300), (1.0, 0.999)]:
+    for epsilon, delta in [(1e-12, 1e-15), (700.0, 1e-12), (5e3, 0.5), (1e-3, 1e-300), (1.0, 0.999), (1e300, 1e-5)]:
         assert 0 < DiscreteGaussian().calibrate(epsilon, delta) < math.inf
     assert concentrated_delta(1.0, 1e-200) == concentrated_delta(0.0, 1e-3) == 1.0
     assert concentrated_delta(1.0, 1e200) < 1e-200

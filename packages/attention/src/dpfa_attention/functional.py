@@ -69,8 +69,8 @@ def dp_flash_attn_func(
     | `head_epsilons`, epsilon inf | each head costs what the list says; the total is priced and recorded |
 
     What the guarantee does not cover: gradients into what made q, k and v; residual connections around the
-    call; anything else computed from the same records. A recomputed forward (activation checkpointing) would
-    be a second release and is refused.
+    call; anything else computed from the same records. A forward that torch.utils.checkpoint recomputes is the
+    same release: the same noise, charged once.
 
     Guarantee: tested (sensitivity by replaced records, noise law, price by a second package).
     Args:

@@ -11,7 +11,7 @@ from functools import lru_cache
 from dpfa_accounting.calibration import calibrate_noise_multiplier
 from dpfa_attention.head_budgets import HeadBudgets, head_budgets
 from dpfa_attention.plan_checks import AGREEMENT, check_plan, check_range, check_structure
-from dpfa_attention.sampler_end import cost_of_end, samplers
+from dpfa_attention.sampler_end import check_end, cost_of_end, samplers
 from dpfa_core.checks import positive, require
 from dpfa_core.contracts import Mechanism
 from dpfa_core.errors import DPFAError, PluginError, PrivacyParameterError, UnsupportedEvent
@@ -114,11 +114,8 @@ def priced_release(
         cost = cost_of_end(plan, problem, bound, noise_multiplier=least, delta=spec.delta)
         if cost <= LITTLE * spec.delta:
             break
-    if cost >= spec.delta:
-        raise PrivacyParameterError(
-            f"delta must exceed {cost:.3g}, what the end of the noise sampler costs at this size in "
-            f"{problem.dtype}, got {spec.delta:.3g}; raise delta or lower epsilon."
-        )
+    given = None if fixed is not None else spec.epsilon
+    check_end(cost, spec.delta, noise_multiplier=least, dtype=problem.dtype, epsilon=given)
     left = math.nextafter(spec.delta - cost, 0.0)
 
     def event_of(multiplier: float) -> Event:

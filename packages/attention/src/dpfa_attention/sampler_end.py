@@ -23,6 +23,10 @@ LEAST_DISCRETE = 0.25
 """With a smaller noise multiplier, one release could have an epsilon beyond that."""
 
 
+HOPELESS = 1e-2
+"""An end that costs so much comes from too little noise: no delta worth its name pays it."""
+
+
 def samplers(plan: NoisePlan, problem: AttentionProblem) -> tuple[NoisePlan, ...]:
     """The plan with each transform that may turn bits into its noise, quickest first.
 
@@ -79,6 +83,28 @@ def cost_of_end(
     # rounded, and more than a cost far below it would show
     growth = math.expm1(-groups * math.log1p(-beyond)) + 2.0**-39
     return min(1.0, (delta * growth + tail) * (1.0 + 2.0**-40))
+
+
+def check_end(cost: float, delta: float, *, noise_multiplier: float, dtype: str, epsilon: float | None = None) -> None:
+    """Refuse a delta that cannot pay the sampler's end, with the remedy that there is.
+
+    Raises: PrivacyParameterError.
+    """
+    if cost < delta:
+        return
+    if cost < HOPELESS:
+        raise PrivacyParameterError(
+            f"delta must exceed {cost:.3g}, what the end of the noise sampler costs at this size in {dtype}, got "
+            f"{delta:.3g}; raise delta or lower epsilon."
+        )
+    asked, remedy = "noise", "take more noise"
+    if epsilon is not None:
+        asked, remedy = f"epsilon={epsilon:.6g}, which asks for noise", "lower epsilon"
+    raise PrivacyParameterError(
+        f"noise must be wide enough that the end of its sampler hides in delta={delta:.3g}, got {asked} of "
+        f"{noise_multiplier:.3g} times the sensitivity, whose end costs {cost:.3g} at this size in {dtype}; {remedy}, "
+        "or give epsilon=inf for attention that is not private."
+    )
 
 
 def drawn_columns(plan: NoisePlan, problem: AttentionProblem) -> int:

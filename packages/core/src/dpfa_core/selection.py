@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,7 +97,10 @@ def _reasons(name: str, op: str, problem: AttentionProblem | None, plan: NoisePl
         candidate = backend(name)
         if op not in candidate.ops:
             return (f"does not offer the operation {op!r}.",)
-        return tuple(candidate.supports(op, problem, plan))
+        reasons = tuple(candidate.supports(op, problem, plan))
+        if op == "release" and problem is not None and problem.biased and not _takes_bias(candidate):
+            reasons += ("its release takes no bias of the logits: leave out alibi_slopes and additive masks.",)
+        return reasons
     except PluginError:
         raise
     except Exception as error:
@@ -105,6 +109,12 @@ def _reasons(name: str, op: str, problem: AttentionProblem | None, plan: NoisePl
             f"backend {name!r} of {origin} failed to say what it supports: {type(error).__name__}: {error}; "
             "repair or uninstall it."
         ) from error
+
+
+def _takes_bias(candidate: Any) -> bool:
+    # backends that were written before there were biases have no such argument
+    named = inspect.signature(candidate.release).parameters
+    return "bias" in named or any(each.kind is each.VAR_KEYWORD for each in named.values())
 
 
 def _lines(trace: tuple[tuple[str, Reasons], ...]) -> str:

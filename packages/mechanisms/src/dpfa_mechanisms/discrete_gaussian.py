@@ -20,6 +20,9 @@ MARGIN = 0.01
 TERM_ERROR = 2.0**-48
 """Covers the rounding of each term of the exponent: a few operations and logarithms in float64."""
 
+MOST_EPSILON = 1e100
+"""Noise for a larger epsilon is that for this one, more than is needed, so that squares stay finite."""
+
 LEAST_RHO = 1e-150
 """A smaller one is rounded up to this, so that alpha stays finite."""
 
@@ -79,6 +82,7 @@ class DiscreteGaussian:
         """
         positive("epsilon", epsilon, remedy="A release without noise has no noise multiplier.")
         fraction("delta", delta, zero=False, remedy="The discrete Gaussian has no delta = 0.")
+        epsilon = min(epsilon, MOST_EPSILON)
         low = high = 1.0
         while concentrated_delta(epsilon, high) > delta:
             low, high = high, high * 2.0

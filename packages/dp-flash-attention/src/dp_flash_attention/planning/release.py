@@ -12,7 +12,7 @@ from dp_flash_attention.planning.memory import release_memory
 from dp_flash_attention.planning.pricing import Say, nobody, priced_by_all
 from dpfa_accounting.calibration import calibrate_noise_multiplier
 from dpfa_attention.options import resolve
-from dpfa_attention.sampler_end import cost_of_end, samplers
+from dpfa_attention.sampler_end import check_end, cost_of_end, samplers
 from dpfa_core.checks import fraction, integer, positive, require
 from dpfa_core.contracts import Mechanism
 from dpfa_core.errors import PluginError, PrivacyParameterError
@@ -171,11 +171,8 @@ class ReleasePlanner:
     def _delta_left(self, noise_multiplier: float) -> float:
         """What the end of the sampler leaves of delta for the noise itself."""
         cost, delta = self.end(noise_multiplier), self.question.delta
-        if cost >= delta:
-            raise PrivacyParameterError(
-                f"delta must exceed {cost:.3g}, what the end of the noise sampler costs at this size in "
-                f"{self.problem.dtype}, got {delta:.3g}; raise delta, or take more noise or a lower epsilon."
-            )
+        epsilon = self.question.epsilon
+        check_end(cost, delta, noise_multiplier=noise_multiplier, dtype=self.problem.dtype, epsilon=epsilon)
         return math.nextafter(delta - cost, 0.0) if cost else delta
 
 
