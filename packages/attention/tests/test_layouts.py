@@ -245,8 +245,10 @@ def test_is_causal_and_a_key_that_is_hidden(inputs: Callable[..., Any], ledger: 
     [
         ({"attn_mask": torch.full((6, 6), math.inf)}, r"must hold finite numbers \(a bias\) and -inf"),
         ({"attn_mask": torch.full((6, 6), math.nan)}, r"must hold finite numbers \(a bias\) and -inf"),
-        ({"attn_mask": torch.eye(6).bool()}, "hide the end of each sequence"),
-        ({"attn_mask": torch.ones(6, 6).triu().bool()}, "hide the end of each sequence"),
+        (
+            {"attn_mask": torch.stack([torch.eye(6), torch.ones(6, 6).triu()])[:, None].bool()},
+            "must show the same in every batch row, or hide the end of each",
+        ),
         ({"attn_mask": (torch.arange(4) < 2)[:, None, None].expand(4, 6, 6)}, "hide the same for all heads"),
         ({"attn_mask": torch.ones(5, 6).bool()}, "must broadcast"),
         ({"attn_mask": torch.ones(6, 6).bool(), "is_causal": True}, "is_causal must be False beside"),

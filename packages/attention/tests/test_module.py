@@ -105,8 +105,8 @@ def test_padding_is_not_attended_under_causal_and_window(options: dict[str, Any]
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ({"attn_mask": torch.eye(6).bool()}, "must hide the end"),
-        ({"key_padding_mask": torch.arange(6)[None].expand(2, 6) < 2}, "must hide the end"),
+        ({"attn_mask": torch.stack([torch.eye(6).bool()] * 4 + [torch.zeros(6, 6).bool()] * 4)}, "must show the same"),
+        ({"key_padding_mask": torch.arange(6) < torch.tensor([[1], [2]])}, "must show the same"),
         ({"attn_mask": torch.full((6, 6), math.nan)}, "NaN or"),
         ({"attn_mask": torch.ones(6, 6, dtype=torch.long)}, "attn_mask must be a bool or floating-point tensor"),
         ({"key_padding_mask": torch.zeros(2, 5).bool()}, "key_padding_mask must be"),

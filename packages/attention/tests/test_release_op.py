@@ -149,7 +149,7 @@ def terms(**changes: Any) -> Terms:
 def test_terms_are_the_operators_arguments_in_order() -> None:
     assert [part.split()[1] for part in SCHEMA.split(", ")] == list(Terms._fields)
     public = inspect.signature(dp_flash_attn_func).parameters
-    assert set(Terms._fields) - {"ledger_delta", "lengths"} <= set(public)
+    assert set(Terms._fields) - {"ledger_delta", "lengths", "mask"} <= set(public)
 
 
 @pytest.mark.parametrize("changes", [{}, {"head_epsilons": (0.5, 0.4, 0.3, 0.2)}, {"lengths": (9, 9, 4, 5)}])

@@ -255,6 +255,7 @@ class EnhancedDPFlashAttention(DPCheckpointedAttention):
                 clip_norm=1.0,
                 logit_bound=self.logit_bound,
                 lengths=lengths,
+                mask=more.get("mask"),
             )
         if not self.adaptive_noise:
             return super()._released(q, k, v, causal=causal, lengths=lengths, **more)

@@ -18,7 +18,7 @@ from dpfa_attention.recomputation import tracing_checkpoint
 from dpfa_attention.release_op import DRAWN, draw_release, line_of
 from dpfa_attention.stats import PrivacyStats
 from dpfa_attention.tensor_release import tensor_mechanism, tensor_release
-from dpfa_attention.terms import Agreed, Terms, agreed
+from dpfa_attention.terms import Agreed, Terms, agreed, bits
 from dpfa_core.contracts import TensorMechanism
 from dpfa_core.ledger import Ledger
 from dpfa_core.spec import PrivacySpec, Relation, Unit
@@ -174,11 +174,14 @@ def released(
     seed: int | None = None,
     ledger: Ledger | None = None,
     return_privacy_stats: bool = False,
+    mask: Tensor | None = None,
     bias: Tensor | None = None,
     compute: Callable[..., Tensor] | None = None,
 ) -> Any:
     """``dp_flash_attn_func`` of a batch that is padded to `lengths`, (queries, keys) of each row; empty means full.
 
+    `mask`, bool [S, Sk], True where it shows, is public and the same for every batch row and head; what causal and
+    window hide stays hidden.
     `bias` is public, [B or 1, H or 1, S, Sk], finite, and added to the logits before they are bounded. `compute` makes
     the output of q, k, v, the ticket and the terms; None is ``release``, and another one may keep
     less for the backward pass. A mechanism that works on tensors does without.
@@ -215,6 +218,7 @@ def released(
                 clip_norm=1.0 if clip_norm is None else clip_norm,
                 logit_bound=bound_of_logits(softcap, logit_bound),
                 lengths=lengths,
+                mask=mask,
                 bias=bias,
             )
             return (out, stats) if return_privacy_stats else out
@@ -241,6 +245,7 @@ def released(
         ledger=number,
         ledger_delta=ledger_delta,
         lengths=tuple(length for pair in lengths for length in pair),
+        mask=None if mask is None else bits(mask),
     )
     if torch.compiler.is_compiling():
         if return_privacy_stats:

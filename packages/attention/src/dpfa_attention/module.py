@@ -16,7 +16,7 @@ from dpfa_attention.adaptive_clip import largest_norm
 from dpfa_attention.functional import released
 from dpfa_attention.head_budgets import as_numbers
 from dpfa_attention.module_arguments import one_clip, refuse_what_no_call_can_use, shared_by_importance
-from dpfa_attention.module_masks import Masks, as_lengths, read_masks
+from dpfa_attention.module_masks import Masks, as_seen, read_masks
 from dpfa_attention.module_training import exact_attention, pending
 from dpfa_attention.options import resolve
 from dpfa_attention.privacy_spent import Calls, PrivacySpent
@@ -190,8 +190,8 @@ class DPFlashAttention(nn.Module):
                 self-attention.
             key_padding_mask: [B, Sk]; True, -inf or <= -1e4 hides a key, and padding is at the end. In causal
                 self-attention and under a window the queries of padding see nothing.
-            attn_mask: [S, Sk] or [B * H, S, Sk]; True hides, as in ``nn.MultiheadAttention``; see
-                ``dp_scaled_dot_product_attention`` for the patterns that can be served. Other numbers of a
+            attn_mask: [S, Sk] or [B * H, S, Sk]; True hides, as in ``nn.MultiheadAttention``: any pattern that is the
+                same for every batch row and head, or the end of each. Other numbers of a
                 floating-point mask are a public bias of the logits, added before they are bounded: no noise changes,
                 and a mask that requires a gradient is refused in a release.
             need_weights: True is refused. False, as torch's layers ask, returns (out, None).
@@ -292,14 +292,14 @@ class DPFlashAttention(nn.Module):
     # ---- release
 
     def _release(self, inputs: list[Tensor], masks: Masks, *, causal: bool, own: bool) -> tuple[Tensor, PrivacyStats]:
-        causal, lengths = as_lengths(
+        shown = as_seen(
             masks,
             heads=self.num_heads,
             causal=causal,
             window=self._window(),
             own=own,
         )
-        out, stats = self._attended(inputs, causal=causal, lengths=lengths, bias=masks.bias)
+        out, stats = self._attended(inputs, **shown._asdict(), bias=masks.bias)
         return linear(out.flatten(-2), self.out_proj.weight, self.out_proj.bias), stats
 
     def _attended(self, inputs: list[Tensor], **call: Any) -> tuple[Tensor, PrivacyStats]:

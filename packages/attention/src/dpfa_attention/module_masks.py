@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from dpfa_attention.biases import without_gradient
-from dpfa_attention.visible_lengths import causal_and_lengths, visible_and_bias
+from dpfa_attention.visible_lengths import Seen, said_by_lengths, seen, visible_and_bias
 from dpfa_core.checks import require
-from dpfa_core.errors import PrivacyParameterError
 
 Window = tuple[int, int]
 
@@ -94,23 +93,23 @@ def outside(S: int, Sk: int, *, causal: bool, window: Window) -> Tensor:
     return out
 
 
-def as_lengths(
+def as_seen(
     masks: Masks,
     *,
     heads: int,
     causal: bool,
     window: Window,
     own: bool,
-) -> tuple[bool, tuple[tuple[int, int], ...]]:
-    """(causal, lengths) of a release that hides what both masks and `causal` hide.
+) -> Seen:
+    """What shows what both masks and `causal` leave to be seen.
 
     Args: `own` says that queries and keys are of the same tokens.
-    Raises: PrivacyParameterError for a pattern that no lengths say.
+    Raises: PrivacyParameterError where batch rows differ by more than their lengths.
     """
     shape, attn_mask, padding, _ = masks
     B, S, Sk = shape
     if attn_mask is None and padding is None:
-        return causal, ()
+        return Seen(causal)
     windowed = window != (-1, -1)
     require(
         not windowed or attn_mask is None, "attn_mask must be None beside window_size", "a mask", "Give one of them."
@@ -123,17 +122,19 @@ def as_lengths(
     )
     shown = torch.ones(B, S, Sk, dtype=torch.bool) if attn_mask is None else ~_for_each_row(attn_mask, shape, heads)
     if padding is None:
-        return causal_and_lengths("attn_mask", shown, causal=causal)
+        return seen("attn_mask", shown, causal=causal)
     kept = ~padding.cpu()
-    try:
-        if not windowed:
-            return causal_and_lengths("attn_mask and key_padding_mask", shown & kept[:, None], causal=causal)
-    except PrivacyParameterError:
-        if not (own and Sk == S):
-            raise
-    # the queries of padding are padding, too
-    inside = shown & kept[:, None] & kept[:, :, None]
-    return causal_and_lengths("attn_mask and key_padding_mask", inside, causal=causal)
+    names, inside = "attn_mask and key_padding_mask", shown & kept[:, None]
+    found = None if windowed else said_by_lengths(inside, causal=causal)
+    if found is None and own and Sk == S:
+        # the queries of padding are padding, too
+        inside = inside & kept[:, :, None]
+        found = said_by_lengths(inside, causal=causal)
+        many = kept.sum(1)
+        ends = torch.equal(kept, torch.arange(S) < many[:, None])
+        if found is None and ends and bool((shown == shown[:1]).all()):
+            found = Seen(causal, tuple((n, n) for n in many.tolist()), shown[0])
+    return found or seen(names, inside, causal=causal)
 
 
 def _for_each_row(attn_mask: Tensor, shape: tuple[int, int, int], heads: int) -> Tensor:

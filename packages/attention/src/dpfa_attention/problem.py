@@ -35,14 +35,14 @@ def attention_problem(
     clip: Literal["value", "output"],
     clip_norm: float | None,
     logit_bound: float | None,
-    mask: Tensor | None = None,
+    mask: Tensor | bytes | None = None,
     lengths: tuple[tuple[int, int], ...] = (),
     biased: bool = False,
 ) -> AttentionProblem:
     """The shapes, dtype and device of q [B, S, H, D] and k, v [B, Sk, Hk, D], checked against each other.
 
-    Args: `mask`, bool [S, Sk], True = visible, the same for every batch row and head and for neighbours; what
-    causal or window hide stays hidden; `lengths`, (queries, keys) of each batch row of a padded batch.
+    Args: `mask`, bool [S, Sk] or its packed bits, True = visible, the same for every batch row and head and for
+    neighbours; what causal or window hide stays hidden; `lengths`, (queries, keys) of each batch row of a padded batch.
     Raises: PrivacyParameterError naming the tensor and what it should have been, or if every key is hidden.
     """
     for name, x in (("q", q), ("k", k), ("v", v)):
@@ -80,7 +80,7 @@ def attention_problem(
         head_dim=D,
         causal=causal,
         window=tuple(window) if isinstance(window, list) else window,
-        mask=None if mask is None else packed_mask(mask, S, Sk),
+        mask=packed_mask(mask, S, Sk) if isinstance(mask, Tensor) else mask,
         lengths=lengths,
         clip=clip,
         clip_norm=clip_norm,

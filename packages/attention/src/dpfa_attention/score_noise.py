@@ -40,6 +40,7 @@ def attention_of_noised_scores(
     causal: bool = False,
     window_size: tuple[int, int] = (-1, -1),
     lengths: tuple[tuple[int, int], ...] = (),
+    mask: Tensor | None = None,
     bias: Tensor | None = None,
     backend: str = "auto",
     seed: int | None = None,
@@ -77,6 +78,7 @@ def attention_of_noised_scores(
         clip_norm=1.0,
         logit_bound=logit_bound,
         lengths=lengths,
+        mask=mask,
     )
     problem = dataclasses.replace(
         asked,
@@ -103,7 +105,7 @@ def attention_of_noised_scores(
         scores.detach().clone(), problem, priced.plan, NONE, key, clip_rows=True
     )
     noised: Tensor = _Released.apply(scores, released)  # type: ignore[no-untyped-call]
-    weights = visible_softmax(noised, problem)
+    weights = visible_softmax(noised, problem, mask)
     mixed = torch.einsum("bihj,bjhd->bihd", weights, _each_head(_finite_rows(v.float()), problem.q_heads))
     return mixed.to(q.dtype), PrivacyStats.of(
         spec,
@@ -137,12 +139,14 @@ def bounded_scores(q: Tensor, k: Tensor, logit_bound: float, bias: Tensor | None
     return logit_bound * torch.tanh(logits / logit_bound)
 
 
-def visible_softmax(scores: Tensor, problem: AttentionProblem) -> Tensor:
-    """Over the keys that each row sees, [B, S, H, Sk]; zeros for a row that sees none."""
+def visible_softmax(scores: Tensor, problem: AttentionProblem, mask: Tensor | None = None) -> Tensor:
+    """Over the keys that each row sees, [B, S, H, Sk]; zeros for a row that sees none. `mask` is the problem's."""
     rows = problem.lengths or ((problem.q_len, problem.kv_len),) * problem.batch
     shown = torch.zeros(problem.batch, problem.q_len, problem.kv_len, dtype=torch.bool)
     for row, (queries, keys) in enumerate(rows):
         shown[row, :queries, :keys] = ~outside(queries, keys, causal=problem.causal, window=problem.window)
+    if mask is not None:
+        shown &= mask.cpu()
     shown = shown[:, :, None].to(scores.device)
     weights = scores.masked_fill(~shown, -math.inf).softmax(-1)
     return torch.where(shown, weights, 0.0)

@@ -9,7 +9,7 @@ from torch import Tensor
 from dpfa_attention.biases import without_gradient
 from dpfa_attention.functional import released
 from dpfa_attention.stats import PrivacyStats
-from dpfa_attention.visible_lengths import causal_and_lengths, visible_and_bias
+from dpfa_attention.visible_lengths import Seen, seen, visible_and_bias
 from dpfa_core.checks import require
 
 
@@ -27,8 +27,8 @@ def dp_scaled_dot_product_attention(
     """A release in the layout [B, H, S, D], with the arguments of ``torch.nn.functional``'s function.
 
     A mask is public: True shows a key, -inf or a number <= -1e4 hides it, any other number is added to its logit
-    before that is bounded. It may hide the end of each sequence, and what lies ahead of the diagonal, in all heads
-    alike; what it adds may differ between them, and has no gradient.
+    before that is bounded. It hides the same in all heads; batch rows may differ in where they end. What it adds may
+    differ between heads and rows, and has no gradient.
     A query that sees no key gets noise around zero.
 
     Guarantee: tested (equal to torch's function with epsilon inf; a hidden key changes nothing).
@@ -66,19 +66,17 @@ def dp_scaled_dot_product_attention(
         is_causal,
         "Put the diagonal into the mask.",
     )
-    lengths: tuple[tuple[int, int], ...] = ()
-    bias = None
+    what, bias = Seen(is_causal), None
     if attn_mask is not None:
         shown, bias = read_mask(attn_mask, B, H, S, Sk)
-        is_causal, lengths = causal_and_lengths("attn_mask", shown)
+        what = seen("attn_mask", shown)
     result = released(
         query.transpose(1, 2),
         key.transpose(1, 2),
         value.transpose(1, 2),
-        lengths=lengths,
+        **what._asdict(),
         dropout_p=dropout_p,
         softmax_scale=scale,
-        causal=is_causal,
         bias=bias,
         **promise,
     )

@@ -112,6 +112,7 @@ def tensor_release(
         clip_norm=attention["clip_norm"],
         logit_bound=attention["logit_bound"],
         lengths=attention["lengths"],
+        mask=attention.get("mask"),
         biased=attention.get("bias") is not None,
     )
     bound = sensitivity(spec, problem, norm)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from dpfa_attention.head_budgets import as_numbers
 from dpfa_attention.options import bound_of_logits, resolve, scale_of_logits
 from dpfa_attention.pricing import PricedRelease, noiseless_release, priced_release
-from dpfa_attention.problem import attention_problem
+from dpfa_attention.problem import attention_problem, packed_mask
 from dpfa_core import selection
 from dpfa_core.checks import integer, one_of
 from dpfa_core.registry import MECHANISMS
@@ -20,7 +21,7 @@ SCHEMA = (
     "float? softmax_scale, bool causal, SymInt[] window_size, float softcap, float epsilon, float delta, str unit, "
     "str relation, str? queries, float? clip_norm, str clip, float? logit_bound, str mechanism, "
     "str? noise_structure, float[]? head_epsilons, bool allow_infinite_heads, str backend, SymInt? seed, "
-    "SymInt ledger, float ledger_delta, SymInt[] lengths"
+    "SymInt ledger, float ledger_delta, SymInt[] lengths, str? mask"
 )
 """``Terms`` in the language of operators; a public bias of the logits may come behind them."""
 
@@ -52,6 +53,8 @@ class Terms(NamedTuple):
     """At which the ledger adds up; 0 where it does not say."""
     lengths: tuple[int, ...]
     """Queries, keys, queries, keys ... of each batch row; empty where all are full."""
+    mask: str | None = None
+    """Hexadecimal digits of ``AttentionProblem.mask``; see ``bits``."""
 
     @classmethod
     def parted(cls, values: tuple[Any, ...]) -> tuple[Terms, Tensor | None]:
@@ -63,6 +66,12 @@ class Terms(NamedTuple):
     def of_operator(cls, values: tuple[Any, ...]) -> Terms:
         """From an operator's arguments, which come as lists where a graph holds several numbers."""
         return cls(*(tuple(value) if isinstance(value, list) else value for value in values))
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # a graph has the digits as a constant
+def bits(mask: Tensor) -> str:
+    """A public mask, bool [S, Sk], as ``Terms`` hold it."""
+    return packed_mask(mask, *mask.shape).hex()
 
 
 class Agreed(NamedTuple):
@@ -96,6 +105,7 @@ def agreed(q: Tensor, k: Tensor, v: Tensor, terms: Terms, bias: Tensor | None = 
         clip_norm=1.0 if private and terms.clip_norm is None else terms.clip_norm,
         logit_bound=bound_of_logits(terms.softcap, terms.logit_bound),
         lengths=tuple(zip(terms.lengths[::2], terms.lengths[1::2], strict=True)),
+        mask=None if terms.mask is None else bytes.fromhex(terms.mask),
         biased=bias is not None,
     )
     if terms.seed is not None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dpfa_attention.padded_batches import Packing, ShownKeys, packing
 from dpfa_attention.sdpa_layout import read_mask
-from dpfa_attention.visible_lengths import causal_and_lengths
+from dpfa_attention.visible_lengths import seen
 from dpfa_core.checks import require
 from dpfa_core.errors import NotPrivateError, PrivacyParameterError
 
@@ -119,7 +119,7 @@ def dp_attention(
         good = isinstance(attention_mask, Tensor) and attention_mask.dim() == 4
         require(good, f"attention_mask must be None, {[B, 1, S, Sk]} or made by {NAME}", type(attention_mask).__name__)
         shown, terms["bias"] = read_mask(attention_mask, B, H, S, Sk)
-        terms["causal"], lengths = causal_and_lengths("attention_mask", shown)
+        terms["causal"], lengths, terms["mask"] = seen("attention_mask", shown)
         rows = Packing(lengths)
     q, k, v = rows.packed(*(x.transpose(1, 2) for x in (query, key, value)))
     out = releases.release(q, k, v, lengths=rows.lengths, softmax_scale=scaling, softcap=softcap or 0.0, **terms)

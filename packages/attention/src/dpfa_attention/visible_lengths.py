@@ -1,6 +1,8 @@
-"""A mask read as what an attention problem can say: causal or not, and the lengths of each batch row."""
+"""A mask read as what an attention problem can say: causal or not, the lengths of each batch row, one mask for all."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,13 +39,35 @@ def visible_and_bias(name: str, mask: Tensor) -> tuple[Tensor, Tensor | None]:
     return ~hidden, bias if bool((bias != 0).any()) else None
 
 
-def causal_and_lengths(name: str, shown: Tensor, *, causal: bool = False) -> tuple[bool, tuple[tuple[int, int], ...]]:
-    """(causal, lengths) that show exactly what `shown` shows: bool [B, S, Sk].
+class Seen(NamedTuple):
+    """What a release is told of visibility."""
 
-    With `causal`, keys ahead of the bottom-right diagonal are hidden besides. Lengths are empty where every
-    batch row is full.
+    causal: bool
+    lengths: tuple[tuple[int, int], ...] = ()
+    """(queries, keys) of each batch row; empty where all are full."""
+    mask: Tensor | None = None
+    """bool [S, Sk], True where it shows, the same for every batch row and head."""
 
-    Raises: PrivacyParameterError if no lengths say it.
+
+def seen(name: str, shown: Tensor, *, causal: bool = False) -> Seen:
+    """What shows exactly what `shown` does, bool [B, S, Sk], and `causal` does not hide.
+
+    Raises: PrivacyParameterError where batch rows differ by more than their lengths.
+    """
+    if (found := said_by_lengths(shown, causal=causal)) is not None:
+        return found
+    if not bool((shown == shown[:1]).all()):
+        raise PrivacyParameterError(
+            f"{name} must show the same in every batch row, or hide the end of each, got rows that differ otherwise; "
+            "put padding at the end, or release such rows one by one."
+        )
+    return Seen(causal, (), shown[0])
+
+
+def said_by_lengths(shown: Tensor, *, causal: bool = False) -> Seen | None:
+    """`shown` by lengths and a diagonal alone: bool [B, S, Sk].
+
+    With `causal`, keys ahead of the bottom-right diagonal are hidden besides. None if no lengths say it.
     """
     B, S, Sk = shown.shape
     row, key = torch.arange(S)[:, None], torch.arange(Sk)
@@ -65,8 +89,5 @@ def causal_and_lengths(name: str, shown: Tensor, *, causal: bool = False) -> tup
                     break
         if len(found) == B:
             full = all(pair == (S, Sk) for pair in found)
-            return diagonal, () if full else tuple(found)
-    raise PrivacyParameterError(
-        f"{name} must hide the end of each sequence, or what lies ahead of the bottom-right diagonal, got another "
-        "pattern; use causal, window_size or lengths, and put padding at the end."
-    )
+            return Seen(diagonal, () if full else tuple(found))
+    return None
