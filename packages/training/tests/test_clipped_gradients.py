@@ -41,6 +41,14 @@ def test_one_sample_never_adds_more_than_the_bound():
         assert sum(s.double().square().sum() for s in sums.values()).sqrt() <= 0.1 * (1 + 1e-6)
 
 
+def test_an_empty_batch_is_a_sum_of_nothing():
+    module, (x, y) = TinyViT(), images(3)
+    sums, norms = clipped_gradients(module, per_sample_loss, (x[:0], y[:0]), max_grad_norm=1.0)
+    assert norms.shape == (0,)
+    assert {name: value.shape for name, value in sums.items()} == {n: p.shape for n, p in module.named_parameters()}
+    assert not any(value.any() for value in sums.values())
+
+
 def test_sample_with_a_non_finite_gradient_adds_nothing_and_spares_the_others():
     module, (x, y) = TinyViT(), images(5)
     alone, _ = clipped_gradients(module, per_sample_loss, (x[1:], y[1:]), max_grad_norm=0.5)

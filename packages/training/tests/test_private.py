@@ -32,12 +32,12 @@ def small():
 def private(module=None, data=None, batch_size=8, make=make_private, lr=0.1, **options):
     module = module or small()
     defaults = {"noise_multiplier": 1.0} if make is make_private else {}
-    return make(
-        module=module,
-        optimizer=torch.optim.SGD(module.parameters(), lr=lr),
-        data_loader=DataLoader(TensorDataset(*(data or images(40))), batch_size=batch_size),
-        **defaults | {"max_grad_norm": 0.5, "seed": 3} | options,
-    )
+    defaults |= {
+        "module": module,
+        "optimizer": torch.optim.SGD(module.parameters(), lr=lr),
+        "data_loader": DataLoader(TensorDataset(*(data or images(40))), batch_size=batch_size),
+    }
+    return make(**defaults | {"max_grad_norm": 0.5, "seed": 3} | options)
 
 
 def run(module, optimizer, loader, epochs=1, stop=None):
@@ -247,11 +247,24 @@ def test_rows_chosen_from_memory_change_neither_draws_nor_noise():
         ({"unit": "user", "user_ids": [0] * 20 + [1] * 20}, "between 1 and the 2 users"),
         ({"max_physical_batch_size": "big"}, "must be one of 'auto'"),
         ({"max_physical_batch_size": 1}, "must be an integer >= 2"),
+        ({"max_physical_batch_size": 2.5}, "must be an integer >= 2, got 2.5"),
+        ({"data_loader": [1, 2]}, "data_loader must be a torch DataLoader, got 'list'"),
+        ({"optimizer": "sgd"}, "optimizer must be a torch Optimizer, got 'str'"),
     ],
 )
 def test_settings_that_do_not_fit_together_are_refused(options, text):
     with pytest.raises(PrivacyParameterError, match=text):
         private(**options)
+
+
+def test_what_make_private_gave_back_is_not_taken_again():
+    module, optimizer, loader = private()
+    with pytest.raises(
+        PrivacyParameterError, match=r"PrivateLoader'\. make_private gave it back; pass the loader that"
+    ):
+        private(small(), data_loader=loader)
+    with pytest.raises(NotPrivateError, match="private already"):
+        private(module, optimizer=optimizer)
 
 
 def test_a_ledger_of_another_unit_or_relation_is_refused():

@@ -102,6 +102,23 @@ def test_a_registered_rule_replaces_the_fallback(caplog):
             del FUNCTIONS[function]
 
 
+class Mapped(nn.Module):
+    """Takes its samples apart by itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x):
+        return torch.func.vmap(lambda row: torch.tanh(row @ self.weight))(x)
+
+
+def test_a_parameter_inside_a_transform_runs_one_by_one(caplog):
+    torch.manual_seed(0)
+    assert_exact(nn.Sequential(nn.Linear(3, 4), Mapped()), squares, torch.randn(5, 6, 3), shares=())
+    assert "1 has no rule" in caplog.text
+
+
 class Chosen(nn.Module):
     """Multiplies the chosen tokens only: as many rows as samples, by chance or not."""
 

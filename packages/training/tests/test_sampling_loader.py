@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.data import (
+    BatchSampler,
     DataLoader,
     Dataset,
     DistributedSampler,
@@ -186,6 +187,7 @@ DATA = TensorDataset(torch.arange(20))
         ("RandomSampler", {"sampler": RandomSampler(DATA, replacement=True), "batch_size": 5}),
         ("RandomSampler", {"sampler": RandomSampler(DATA, num_samples=7), "batch_size": 5}),
         ("list", {"batch_sampler": [[0, 1], [2, 3]]}),
+        ("BatchSampler", {"batch_sampler": BatchSampler(SequentialSampler(DATA), 5, False)}),
         ("SequentialSampler", {"batch_size": None}),
     ],
 )

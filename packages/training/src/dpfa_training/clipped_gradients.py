@@ -62,6 +62,9 @@ def clipped_gradients(
         found.append((sums, norms.square().sum(0).sqrt()))
 
     rows = _rows(batch)
+    if rows == 0:
+        nothing = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in recording.parameters.items()}
+        return nothing, torch.zeros(0, dtype=torch.float64)
     _survey(recording, per_sample_loss, batch, rows)
     tape = Tape(rows, finish)
     clipped_sums.form_during(tape)
@@ -69,7 +72,11 @@ def clipped_gradients(
         losses = per_sample_loss(module, batch)
         require(losses.shape == (rows,), f"per_sample_loss must return shape ({rows},)", tuple(losses.shape))
         tape.watch(losses)
-    losses.sum().backward()  # type: ignore[no-untyped-call]
+    try:
+        losses.sum().backward()  # type: ignore[no-untyped-call]
+    except BaseException:
+        tape.give_up()
+        raise
     sums, norms = found[0]
     divisor = rows if reduction == "mean" else 1
     shapes = {name: parameter.shape for name, parameter in recording.parameters.items()}

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from dpfa_core.checks import require
 from dpfa_core.errors import NotPrivateError
@@ -28,6 +27,7 @@ from dpfa_training.adaptive_clipping import COUNT, COUNT_PARAMETER, MovingThresh
 from dpfa_training.charges import Charges
 from dpfa_training.clipped_sums import ClippedSums
 from dpfa_training.clipping import Clipping
+from dpfa_training.inputs import check_inputs, rows_of
 from dpfa_training.loss_check import LossCheck
 from dpfa_training.plan import TrainingPlan
 from dpfa_training.recording import Recording
@@ -93,11 +93,12 @@ class Engine:
         self._draw: int | None = None
         """The draw that ``_sums`` belongs to."""
         self._forwarded = self._clipped = self._stepped = False
-        self._loss = LossCheck(plan.reduction)
+        self._loss = LossCheck(plan.reduction, self.recording.anchor)
         self._tape: Tape | None = None
         loss_check.install()
         _check_optimizer(self.recording, optimizer)
         guard.watch(self, self.recording.parameters.values())
+        self._hand({})  # gradients of what the module did before are nobody's any more
         self._hooks = (
             module.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             module.register_forward_hook(self._after_forward, always_call=True),
@@ -214,7 +215,9 @@ class Engine:
         if not (module.training and torch.is_grad_enabled()):
             return
         self._loss.forget()
-        rows = _rows(args, kwargs)
+        self.recording.check_parameters()
+        check_inputs(args, kwargs)
+        rows = rows_of(args, kwargs)
         batch = self._current_batch(rows)
         if self.checked_samples < min(rows, 2):  # one sample alone shows nothing about others
             self.checked_samples = self_check(self.recording, self._backend, args, kwargs, rows, self.plan.reduction)
@@ -286,6 +289,7 @@ class Engine:
             )
         if any(argument is not None for argument in args):
             raise NotPrivateError("step must be called without a closure, which would draw several gradients.")
+        _check_optimizer(self.recording, optimizer)
         self._check_gradients()
         last = self.plan.sampling == "none" or (self._batch is not None and self._batch.last)
         if not self._clipped:
@@ -349,6 +353,8 @@ class Engine:
             handed, version = self._handed.get(name, (None, 0))
             if parameter.grad is None or (parameter.grad is handed and parameter.grad._version == version):
                 continue
+            if not parameter.grad.any():  # zero_grad(set_to_none=False)
+                continue
             raise NotPrivateError(
                 f"the gradient of {name!r} must come from the engine, got one that was set or changed "
                 "outside; train through the loader and the module's forward in train() mode, keep penalties in "
@@ -361,13 +367,6 @@ class Engine:
             parameter.grad = gradients.get(name)
             if parameter.grad is not None:
                 self._handed[name] = (parameter.grad, parameter.grad._version)
-
-
-def _rows(args: Any, kwargs: Any) -> int:
-    for leaf in pytree.tree_leaves((args, kwargs)):
-        if isinstance(leaf, torch.Tensor) and leaf.dim() > 0:
-            return int(leaf.shape[0])
-    raise NotPrivateError("the module must get a tensor with one row per sample, got none.")
 
 
 def _check_optimizer(recording: Recording, optimizer: torch.optim.Optimizer) -> None:

@@ -16,7 +16,9 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils import _pytree as pytree
 
 from dpfa_core.errors import NotPrivateError
-from dpfa_training.loss_graph import Edge, Elsewhere, Join, LossGraph, TooFar, kind_of
+from dpfa_training import tape
+from dpfa_training.guard import engine_of_parameter
+from dpfa_training.loss_graph import Edge, Elsewhere, Join, LossGraph, Past, TooFar, kind_of
 from dpfa_training.loss_owners import Coupled, Owners
 from dpfa_training.plan import Reduction
 
@@ -35,8 +37,10 @@ class LossCheck:
     every step. Assumed of tensors without gradient (labels, masks, weights): each row's are its own.
     """
 
-    def __init__(self, reduction: Reduction) -> None:
+    def __init__(self, reduction: Reduction, anchor: torch.Tensor) -> None:
         self.reduction = reduction
+        # all that a recorded forward computes with parameters leads to the anchor
+        self._past_outputs = get_gradient_edge(anchor).node
         self._outputs: dict[Edge, Owners] = {}
         self._own: set[Any] = set()
         self._elsewhere: set[Any] = set()
@@ -52,6 +56,7 @@ class LossCheck:
         """A forward ended with `output`; `asleep(True)` until ``asleep(False)`` makes its backward do nothing."""
         self.forget()
         self._rows, self._asleep = rows, asleep
+        self._elsewhere.add(self._past_outputs)
         leaves = [x for x in pytree.tree_leaves(output) if isinstance(x, torch.Tensor) and x.requires_grad]
         for leaf in leaves:
             edge = get_gradient_edge(leaf)
@@ -59,8 +64,8 @@ class LossCheck:
                 self._outputs[(edge.node, edge.output_nr)] = Owners(0, np.arange(rows))
             else:
                 (self._elsewhere if leaf.dim() else self._own).add(edge.node)
-        self.passed = rows < 2 or not leaves  # one row meets no other
-        if not self.passed:
+        self.passed = rows < 2  # one row meets no other
+        if leaves and not self.passed:
             _waiting[id(self)] = self
 
     def forget(self) -> None:
@@ -78,6 +83,7 @@ class LossCheck:
             graph = self._graph(edges, roots)
             if not graph.reached:
                 return
+            self._refuse_leaves(graph)
             self._asleep(True)
             try:
                 self._refuse_factors(graph)
@@ -109,17 +115,32 @@ class LossCheck:
                     if isinstance(value, Owners):
                         graph.joins.append(Join(edge, 1.0, edge, value, tuple(root.shape)))
                     elif isinstance(value, Elsewhere):
-                        raise Coupled("an output of the module that does not have one row per sample")
-            except TooFar:
+                        raise Past
+            except (Past, TooFar) as problem:
                 if inside and self._own:
                     continue
-                raise
+                if isinstance(problem, TooFar):
+                    raise
+                raise Coupled(
+                    "an output of the module that does not have one row per sample, or a tensor that it does not return"
+                ) from None
             return graph
         raise TooFar
 
     def _done(self) -> None:
         self.passed = True
         self.forget()
+
+    def _refuse_leaves(self, graph: LossGraph) -> None:
+        for leaf in graph.leaves:
+            # inside of a module's own loss there may be leaves that lead to its input
+            outside = isinstance(leaf, torch.nn.Parameter) or not self._own
+            if outside and engine_of_parameter(leaf) is None:
+                raise NotPrivateError(
+                    f"the loss must have no trainable tensors of its own, got one of shape {tuple(leaf.shape)}, which "
+                    "would be trained without clip and noise; make it part of the module before make_private, or "
+                    "detach it."
+                )
 
     # ---- factors
 
@@ -266,7 +287,12 @@ def _backward(tensors: Any, grad_tensors: Any = None, *args: Any, **kwargs: Any)
             gradients += [None] * (len(roots) - len(gradients))
             for check in tuple(_waiting.values()):
                 check.before_backward(roots, gradients)
-    _torch_backward(tensors, grad_tensors, *args, **kwargs)
+    try:
+        _torch_backward(tensors, grad_tensors, *args, **kwargs)
+    except BaseException:
+        if torch._C._current_graph_task_id() == -1:
+            tape.give_up()
+        raise
 
 
 def install() -> None:

@@ -34,11 +34,15 @@ class Joined:
 
 
 class Elsewhere:
-    """Depends on an output of the module that does not tell its rows."""
+    """Depends on a tensor of the module that does not tell its rows, or that is no output."""
 
 
 JOINED, ELSEWHERE = Joined(), Elsewhere()
 Value = Owners | Joined | Elsewhere | None
+
+
+class Past(Exception):
+    """The loss depends on something in the module that is no output with one row per sample."""
 
 
 class TooFar(Exception):
@@ -64,7 +68,8 @@ class LossGraph:
         outputs: {edge: owners} of the module's output tensors.
         batch: how many rows they have.
         own: functions that end in a loss which the module computes itself.
-        elsewhere: functions that end in an output which has another first dimension than the rows.
+        elsewhere: functions that end in an output which has another first dimension than the rows, or from which all
+            comes that is computed with the module's parameters.
         inside: whether to look inside of `own`; without it, it is taken for a sum of its rows' terms.
     """
 
@@ -79,6 +84,8 @@ class LossGraph:
     """What multiplies ("Mul") or divides ("Div") something of the batch, and the owners of that if rows are apart."""
     scalars: list[Edge] = field(default_factory=list)
     """The module's own losses, where nothing of the batch was found inside of them."""
+    leaves: list[torch.Tensor] = field(default_factory=list)
+    """Trainable tensors that the loss depends on, not by way of `outputs`."""
     found: set[Edge] = field(default_factory=set)
     """Those of `outputs` that the loss leads to, others not in between."""
 
@@ -90,7 +97,7 @@ class LossGraph:
     def value(self, root: Edge) -> Value:
         """Of one tensor that backward begins with.
 
-        Raises: Coupled, TooFar.
+        Raises: Coupled, Past, TooFar.
         """
         order, values = self._order(root), {}
         for node in order:
@@ -134,7 +141,7 @@ class LossGraph:
         ):
             return [self._begin(node, inputs)]
         if any(isinstance(value, Elsewhere) for value in inputs):
-            raise Coupled("an output of the module that does not have one row per sample")
+            raise Past
         full = node.name()
         self.names.add(full)
         name = kind_of(full)
@@ -144,6 +151,9 @@ class LossGraph:
 
     def _begin(self, node: Node, inputs: list[Value]) -> Value:
         """Of a function that nothing of the rows goes into."""
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and node not in self.elsewhere:
+            self.leaves.append(leaf)
         if node in self.own:
             self.scalars.append((node, 0))
             return JOINED

@@ -20,7 +20,14 @@ from dpfa_training.adaptive_clipping import QuantileClipping
 from dpfa_training.engine import Engine
 from dpfa_training.guard import engine_of_parameter
 from dpfa_training.plan import Reduction, Sampling, TrainingPlan, TrainingUnit
-from dpfa_training.sampling import Draws, MemoryProbe, PrivateLoader, Users, check_loader
+from dpfa_training.sampling import (
+    SMALLEST_PHYSICAL_BATCH,
+    Draws,
+    MemoryProbe,
+    PrivateLoader,
+    Users,
+    check_loader,
+)
 
 Clips = str | Mapping[str, float] | QuantileClipping
 PhysicalBatchSize = int | Literal["auto"] | None
@@ -79,6 +86,7 @@ def make_private(
     Raises: PrivacyParameterError, NotPrivateError (what cannot be covered, by name), LedgerError.
     Source: Abadi et al. 2016.
     """
+    _check_kinds(module, optimizer, data_loader)
     users, population, batch_size = _units(data_loader, unit, user_ids)
     plan = TrainingPlan(
         noise_multiplier=noise_multiplier,
@@ -120,6 +128,7 @@ def make_private_with_epsilon(
     parameters change.
     """
     integer("epochs", epochs, least=1)
+    _check_kinds(module, optimizer, data_loader)
     users, population, batch_size = _units(data_loader, unit, user_ids)
     plan = plan_for_target(
         target_epsilon=target_epsilon,
@@ -189,6 +198,8 @@ def attach(
     """Build the engine of `plan` and the loader that feeds it."""
     if isinstance(max_physical_batch_size, str):
         one_of("max_physical_batch_size", max_physical_batch_size, ("auto",), "Or give a number of rows.")
+    elif max_physical_batch_size is not None:
+        integer("max_physical_batch_size", max_physical_batch_size, least=SMALLEST_PHYSICAL_BATCH)
     if ledger is None:
         ledger = Ledger.memory(unit=plan.unit, relation=plan.relation)
     if ledger.unit not in (None, plan.unit):
@@ -208,6 +219,16 @@ def attach(
     limit = MemoryProbe(module, timed=on_cpu) if isinstance(rows, str) else rows
     engine.draws = Draws(plan.sampler(), keys, limit, users)
     return module, optimizer, PrivateLoader(data_loader, engine.draws, engine)
+
+
+def _check_kinds(module: Any, optimizer: Any, data_loader: Any) -> None:
+    for name, value, kind in (
+        ("module", module, nn.Module),
+        ("optimizer", optimizer, torch.optim.Optimizer),
+        ("data_loader", data_loader, DataLoader),
+    ):
+        again = " make_private gave it back; pass the loader that it was made of." * isinstance(value, PrivateLoader)
+        require(isinstance(value, kind), f"{name} must be a torch {kind.__name__}", type(value).__name__, again.strip())
 
 
 def _one_process() -> None:

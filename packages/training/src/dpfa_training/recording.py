@@ -25,6 +25,9 @@ from dpfa_training.per_sample.survey import Log, compare
 from dpfa_training.per_sample.uses import UnknownUse, Uses, sizes_of
 from dpfa_training.tape import Tape
 
+MASTERS = (torch.float32, torch.float64)
+"""Dtypes that a trained parameter may have."""
+
 ROUNDS = 12
 """Rounds of a survey: each finds what meets the batch one step further from the parameter."""
 
@@ -48,12 +51,13 @@ class Recording:
         if not self.parameters:
             raise NotPrivateError("nothing to train: no parameter has requires_grad=True; unfreeze some.")
         for name, parameter in self.parameters.items():
-            if parameter.dtype not in (torch.float32, torch.float64):
+            if parameter.dtype not in MASTERS:
                 raise NotPrivateError(
                     f"parameter {name!r} must be float32, got {parameter.dtype}; call module.float(), and use "
                     "autocast for bfloat16."
                 )
         names = {id(parameter): name for name, parameter in self.parameters.items()}
+        self._identities = names.keys()
         self._slots: list[tuple[str, Slot]] = []
         self._ruled: list[tuple[nn.Module, dict[str, str]]] = []
         for path, layer in module.named_modules():
@@ -78,7 +82,14 @@ class Recording:
         """Paths of the modules that run once for each sample."""
         self._replaced: list[tuple[nn.Module, Any]] = []
         self._tape: Tape | None = None
+        self._hung = False
+        """Whether stand-ins are in the places of the parameters."""
         self.surveyed = False
+
+    @property
+    def anchor(self) -> torch.Tensor:
+        """What every tensor depends on that a recorded forward computes with a parameter."""
+        return self._uses.anchor
 
     # ---- what is used, and how
 
@@ -151,6 +162,33 @@ class Recording:
     def _names_below(self, path: str) -> set[str]:
         return {name for own, (_, _, name) in self._slots if _below(own, path)}
 
+    def check_parameters(self) -> None:
+        """Whether the module trains what it did when it was built.
+
+        Raises: NotPrivateError naming a parameter that was added, replaced, unfrozen, frozen or cast since.
+        """
+        # by hand, as named_parameters() takes ten times as long, and this runs before every forward
+        trained: dict[int, nn.Parameter] = {}
+        layers, seen = [self.module], {id(self.module)}
+        while layers:
+            layer = layers.pop()
+            trained.update({id(p): p for p in layer._parameters.values() if p is not None and p.requires_grad})
+            inner = [child for child in layer._modules.values() if child is not None and id(child) not in seen]
+            seen.update(map(id, inner))
+            layers += inner
+        if trained.keys() == self._identities and all(p.dtype in MASTERS for p in trained.values()):
+            return
+        known = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+        new = [name for name, p in known.items() if id(p) not in self._identities]
+        gone = [name for name, p in self.parameters.items() if id(p) not in trained]
+        cast = [f"{name!r} in {p.dtype}" for name, p in known.items() if p.dtype not in MASTERS]
+        problem = f"{new} besides them" if new else f"all but {gone}" if gone else ", ".join(cast)
+        raise NotPrivateError(
+            f"the module must train the parameters that it had when it was made private, got {problem}; a parameter "
+            "that was added or unfrozen would get no noise. Call engine_of(module).detach(), change the module, and "
+            "make it private again with the same ledger."
+        )
+
     # ---- while it runs
 
     def start(self, tape: Tape, inputs: Any = None) -> None:
@@ -193,6 +231,7 @@ class Recording:
         self._hang()
 
     def _hang(self) -> None:
+        self._hung = True
         uses = next(iter(self._proxies.values())).uses
         for _, (owner, attribute, name) in self._slots:
             owner._parameters[attribute] = self._proxies[name]  # type: ignore[assignment]
@@ -212,6 +251,9 @@ class Recording:
 
     def stop(self) -> None:
         """Put every parameter and forward back; does nothing where they are in place."""
+        if not self._hung:
+            return
+        self._hung = False
         for _, (owner, attribute, name) in self._slots:
             owner._parameters[attribute] = self.parameters[name]
         for layer, before in reversed(self._replaced):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -36,7 +37,7 @@ class Taking(Protocol):
         ...
 
 
-@dataclass
+@dataclass(eq=False)
 class Tape:
     """Notes of one forward and its one backward, over `rows` samples."""
 
@@ -103,12 +104,14 @@ class Tape:
     def _begin(self) -> None:
         if not (self.begun or self.held):
             self.begun = True
+            _running.add(self)
             # Autograd's own end-of-backward callback, the one that distributed wrappers use.
             torch.autograd.Variable._execution_engine.queue_callback(self._end)
             self.on_begin()
 
     def _end(self) -> None:
         self.closed = True
+        _running.discard(self)
         self.on_end()
         try:
             self.finish(self)
@@ -116,10 +119,28 @@ class Tape:
             self.notes.clear()
             self.forming = None
 
+    def give_up(self) -> None:
+        """Its backward failed, and nothing of it will be used."""
+        self.closed = True
+        _running.discard(self)
+        self.notes.clear()
+        self.forming = None
+        self.on_end()
+
     def merged(self) -> Iterator[tuple[str, Note]]:
         """One note for each parameter; several uses are joined so that their cross terms count."""
         for parameter, notes in self.notes.items():
             yield parameter, notes[0] if len(notes) == 1 else _merged(notes)
+
+
+_running: weakref.WeakSet[Tape] = weakref.WeakSet()
+"""Tapes whose backward has begun; autograd does not tell them when it fails."""
+
+
+def give_up() -> None:
+    """A backward failed: what it had begun is over, and the modules hold their own parameters again."""
+    for tape in tuple(_running):
+        tape.give_up()
 
 
 def _merged(notes: list[Note]) -> Note:

@@ -116,6 +116,8 @@ def _dispatch(func: Any, args: Any, kwargs: Any) -> Any:
     key = (proxies[0].label, func, tuple([x.dim() for x in plain]))
     layouts = uses.layouts.get(key)
     if log is not None:
+        if any(map(torch._C._functorch.is_functorch_wrapped_tensor, plain)):  # type: ignore[attr-defined]
+            raise Use(func, proxies, plain, (), 0).unknown("inside a transform of torch.func")
         log.add(key, names_of(proxies), plain)
         if layouts is None:
             return func(*plain_of(args), **{name: plain_of(item) for name, item in kwargs.items()})

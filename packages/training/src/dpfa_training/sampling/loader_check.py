@@ -29,7 +29,7 @@ def check_loader(
     plain = type(loader.sampler) in (SequentialSampler, RandomSampler) and (type(loader.batch_sampler) is BatchSampler)
     replacement = getattr(loader.sampler, "replacement", False)
     subset = getattr(loader.sampler, "_num_samples", None) is not None
-    if not plain or replacement or subset:
+    if not plain or replacement or subset or loader.batch_size is None:
         raise NotPrivateError(
             f"the loader must use torch's own sequential or shuffled sampling of the whole dataset, got "
             f"{type(loader.batch_sampler or loader.sampler).__name__} over {type(loader.sampler).__name__}; "
