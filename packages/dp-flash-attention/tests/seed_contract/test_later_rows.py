@@ -19,6 +19,7 @@ FRONT = "packages/dp-flash-attention"
 LATER = (
     # what is promised, the room that will hold it, where it is looked for
     ("make_model_differentially_private", FRONT, "dp_flash_attention:make_model_differentially_private"),
+    ("the loss of a converted model", FRONT, "dp_flash_attention:make_model_differentially_private"),
     ("finetune.DPLoRA", FRONT, "dp_flash_attention.finetune:DPLoRA"),
     (
         "comparative_research_framework.ComparativeResearchFramework",
@@ -41,12 +42,20 @@ LATER = (
     ("Triton kernels", "kernels-triton", "kernels-triton/pyproject.toml"),
     ("benchmarks/speed_benchmark.py", "benchmarks", "benchmarks/speed_benchmark.py"),
     ("benchmarks/memory_benchmark.py", "benchmarks", "benchmarks/memory_benchmark.py"),
+    ("benchmarks/benchmark_enhanced_dp.py", "benchmarks", "benchmarks/benchmark_enhanced_dp.py"),
     ("tests/privacy_tests.py", "verification", "tests/privacy_tests.py"),
     ("tests/formal_verification.py", "verification", "tests/formal_verification.py"),
     ("examples/enhanced_training.py", "examples", "examples/enhanced_training.py"),
+    (
+        "examples/research_breakthrough_validation.py",
+        "examples",
+        "examples/research_breakthrough_validation.py",
+    ),
     ("quality_gates.py", "verification", "quality_gates.py"),
     ("deployment/Dockerfile", "deployment", "deployment/Dockerfile"),
     ("deployment/deployment.yaml", "deployment", "deployment/deployment.yaml"),
+    ("deployment/prometheus.yml", "deployment", "deployment/prometheus.yml"),
+    ("deployment/deployment_config.py", "deployment", "deployment/deployment_config.py"),
     ("docs/cuda-kernels.md", "docs", "docs/cuda-kernels.md"),
     ("docs/privacy-analysis.md", "docs", "docs/privacy-analysis.md"),
     ("docs/performance-tuning.md", "docs", "docs/performance-tuning.md"),
