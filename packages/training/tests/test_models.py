@@ -5,6 +5,7 @@ import contextlib
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 from training_models import assert_exact
 
@@ -13,6 +14,7 @@ from dpfa_core.selection import backend
 from dpfa_training import clipped_gradients, engine_of, make_private
 from dpfa_training.recording import Recording
 from dpfa_training.self_check import self_check
+from dpfa_training.tape import Tape
 
 transformers = pytest.importorskip("transformers")
 WORDS, WIDTH, LENGTH = 50, 32, 7
@@ -168,6 +170,71 @@ def test_transformers_model_as_it_is(case, rows, caplog):
             parameter.add_(0.05 * torch.randn_like(parameter))
     assert_exact(module, losses, data(rows))
     assert "once for each sample" not in caplog.text
+
+
+class Attentions(TorchDispatchMode):
+    """The attention kernels that run, and the softmaxes of what torch computes without one."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if "scaled_dot_product" in name or "softmax" in name:
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_private_forward_runs_the_attention_kernels_of_the_plain_one(case):
+    torch.manual_seed(0)
+    build, losses, data = CASES[case]
+    module, batch = build().eval(), data(4)
+    with Attentions() as plain:
+        losses(module, batch)
+    recording = Recording(module)
+    recording.survey(lambda rows: losses(module, {name: value[rows] for name, value in batch.items()}), 4, batch)
+    with Attentions() as private, recording.to(Tape(4, lambda tape: None), batch):
+        losses(module, batch)
+    assert private.seen == plain.seen
+    # t5 and swin train a bias of their logits, for which torch has no kernel on the CPU
+    assert case in ("t5", "swin") or "_scaled_dot_product_flash_attention_for_cpu" in plain.seen
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bfloat16_autocast_never_reads_a_norm_far_too_small(case):
+    torch.manual_seed(0)
+    build, losses, data = CASES[case]
+    module, batch = build().eval(), data(4)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+
+    def rounded(m, b):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return losses(m, b).float()
+
+    _, norms = clipped_gradients(module, rounded, batch, max_grad_norm=1.0)
+    for index in range(4):  # what autograd makes of the same rounded passes
+        own = {name: value[index : index + 1] for name, value in batch.items()}
+        found = torch.autograd.grad(rounded(module, own).sum(), list(module.parameters()), allow_unused=True)
+        norm = torch.cat([g.double().flatten() for g in found if g is not None]).norm()
+        assert norm * (1 - 2**-7) <= norms[index] <= norm * (1 + 2**-5)
+
+
+@pytest.mark.parametrize(
+    ("case", "layers"), [("bert", ["query", "value"]), ("gpt2", ["c_attn", "c_proj"]), ("t5", ["q"])]
+)
+@pytest.mark.parametrize("decomposed", [False, True])
+def test_low_rank_adapters_of_peft(case, layers, decomposed):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    build, losses, data = CASES[case]
+    config = peft.LoraConfig(r=2, target_modules=layers, init_lora_weights=False, use_dora=decomposed)
+    module = peft.get_peft_model(build(), config).eval()
+    assert 0 < sum(parameter.requires_grad for parameter in module.parameters()) < 30
+    assert_exact(module, losses, data(3))
 
 
 def checkpointed(case, reentrant):

@@ -55,6 +55,17 @@ def test_supported_models_pass(module, data):
     assert module.training
 
 
+def test_one_line_says_what_was_compared(caplog):
+    caplog.set_level("INFO", "dpfa_training")
+    check(TinyText(), texts(7)[0])
+    (line,) = caplog.messages
+    assert line.startswith("self-check passed: 4 samples have the gradients in a batch that they have alone, in all 8")
+    caplog.clear()
+    with pytest.raises(NotPrivateError):
+        check(MeanOverBatch(), torch.randn(6, 4))
+    assert not caplog.messages
+
+
 def test_dropout_is_switched_off_for_the_comparison_and_on_again():
     module = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 2))
     assert check(module, torch.randn(6, 4)) == 4

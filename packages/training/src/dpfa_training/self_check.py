@@ -8,6 +8,7 @@ samples' tokens, and a parameter that is never used all show as a difference.
 from __future__ import annotations
 
 import inspect
+import logging
 import math
 from contextlib import ExitStack
 from functools import partial
@@ -20,6 +21,8 @@ from dpfa_core.errors import NotPrivateError
 from dpfa_training.plan import Reduction
 from dpfa_training.recording import Recording
 from dpfa_training.tape import Note, Tape
+
+_log = logging.getLogger("dpfa_training")
 
 SAMPLES = 4
 TOO_SMALL, TOO_LARGE = 0.999, 1.25
@@ -37,7 +40,7 @@ def self_check(recording: Recording, backend: Any, args: Any, kwargs: Any, rows:
     """Compare per-sample gradients on up to four samples of a real batch; first survey the parameters' uses.
 
     Guarantee: tested (it rejects BatchNorm-like coupling, token-mean losses and wrong rules).
-    Returns: how many samples were compared.
+    Returns: how many samples were compared; the logger "dpfa_training" says so in one line, at level INFO.
     Raises: NotPrivateError naming the parameter, both norms and the remedy.
     """
     samples = min(SAMPLES, rows)
@@ -81,6 +84,12 @@ def self_check(recording: Recording, backend: Any, args: Any, kwargs: Any, rows:
     finally:
         for layer, mode in modes:
             layer.training = mode
+    _log.info(
+        "self-check passed: %d samples have the gradients in a batch that they have alone, in all %d parameters%s.",
+        samples,
+        len(parameters),
+        ", and none moves another's" if samples > 1 else "",
+    )
     return samples
 
 
