@@ -251,7 +251,7 @@ def test_a_refusal_says_what_is_spent_the_limit_and_how_many_more_would_fit(
 def test_other_writers_need_not_wait_while_a_refusal_is_explained(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with Ledger.open(path, **TERMS, budget=3.0) as one, Ledger.open(path, **TERMS, budget=3.0) as two:
         monkeypatch.setattr(
-            "dpfa_core.ledger._so_far", lambda spent, delta: two.record(Gaussian(1.0), **LINE) and "epsilon=0"
+            "dpfa_core.budget._so_far", lambda spent, delta: two.record(Gaussian(1.0), **LINE) and "epsilon=0"
         )
         with pytest.raises(BudgetExhausted):
             one.record(Gaussian(1.0), **LINE, count=4)

@@ -14,22 +14,22 @@ import threading
 import time
 import uuid
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from decimal import ROUND_CEILING, Context, Decimal
 from pathlib import Path
 from typing import Any
 
 import dpfa_core
+from dpfa_core.budget import Budget
 from dpfa_core.checks import fraction, integer, one_of, positive
-from dpfa_core.errors import BudgetExhausted, DPFAError, LedgerError
+from dpfa_core.errors import BudgetExhausted, LedgerError
 from dpfa_core.events import Event
 from dpfa_core.plugin_names import parts
 from dpfa_core.registry import BACKENDS, MECHANISMS, Registry
 from dpfa_core.spec import RELATIONS, UNITS, Relation, Unit
-from dpfa_core.spending import admitting, shows, spending, upper_bound, within
+from dpfa_core.spending import spending, upper_bound
 
 SCHEMA_VERSION = 1
 PATIENCE = 30.0
@@ -122,8 +122,7 @@ class Ledger:
         self.unit, self.relation, self.delta, self.budget = unit, relation, delta, budget
         self._database: sqlite3.Connection | None = None
         self._closed = False
-        self._cleared: tuple[int, Event, int] | None = None  # (sequence, event, how many more fit)
-        self._latest: Event | None = None  # what was priced last: a second one of its kind begins a run
+        self._limit = None if budget is None or delta is None else Budget(budget, delta)
         self.number = secrets.randbits(62) + 1
         """Stands for this object where only numbers can be kept, as in a traced graph; another one in each process."""
         with _LOCK:
@@ -195,8 +194,9 @@ class Ledger:
         self._check_relation(event)
         release_id = uuid.uuid4().hex
         versions = json.dumps(_versions(mechanism, backend))
-        with self._refusing(event, count), self._write() as connection:
-            self._check_budget(connection, event, count)
+        with self._explained(event, count), self._write() as connection:
+            if self._limit is not None:
+                self._limit.admit(event, count, _last_sequence(connection), self.events)
             connection.execute(
                 "INSERT INTO releases (id, recorded_at, purpose, mechanism, backend, event, count, versions) "
                 "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
@@ -226,9 +226,9 @@ class Ledger:
         """
         integer("count", count, least=1)
         self._check_relation(event)
-        with self._refusing(event, count), self._write() as connection:
-            last, _ = self._admit(connection, event, count)
-            self._cleared = (last, event, count)
+        with self._explained(event, count), self._write() as connection:
+            if self._limit is not None:
+                self._limit.foresee(event, count, _last_sequence(connection), self.events)
 
     def releases(self) -> Iterator[Release]:
         """All lines, oldest first."""
@@ -378,27 +378,17 @@ class Ledger:
                 yield connection
                 connection.execute("COMMIT")
             except BaseException as error:
-                self._cleared = None
+                if self._limit is not None:
+                    self._limit.forget()
                 if connection.in_transaction:
                     connection.execute("ROLLBACK")
                 if isinstance(error, sqlite3.Error):
                     raise LedgerError(f"the ledger {self.path!r} cannot be written: {error}.") from error
                 raise
 
-    @contextmanager
-    def _refusing(self, event: Event, count: int) -> Iterator[None]:
-        """Explain a refusal after the transaction: pricing takes long, and other writers need not wait for it."""
-        try:
-            yield
-        except _OverBudgetError as refusal:
-            assert self.budget is not None  # noqa: S101  (nothing is refused without one)
-            delta = self._delta(None)
-            fits = _largest_that_fits(refusal.spent, event, count, delta, self.budget)
-            raise BudgetExhausted(
-                f"the budget is epsilon={self.budget} at delta={delta}; {count} more of {event} would exceed it: "
-                f"{_so_far(refusal.spent, delta)} is spent and {fits} more would fit. Nothing was released or "
-                "recorded; stop here, or open a ledger for other records."
-            ) from None
+    def _explained(self, event: Event, count: int) -> AbstractContextManager[None]:
+        # around the transaction: pricing takes long, and other writers need not wait for it
+        return nullcontext() if self._limit is None else self._limit.explained(event, count)
 
     def _check_relation(self, event: Event) -> None:
         if not isinstance(event, Event):
@@ -409,83 +399,6 @@ class Ledger:
                     f"this ledger is kept for relation={self.relation!r}, got an event sampled under "
                     f"{relation!r}; use a ledger with that relation."
                 )
-
-    def _check_budget(self, connection: sqlite3.Connection, event: Event, count: int) -> None:
-        if self.budget is None:
-            return
-        last = _last_sequence(connection)
-        if self._cleared is not None and self._cleared[:2] == (last, event) and self._cleared[2] >= count:
-            self._cleared = (last + 1, event, self._cleared[2] - count)
-            return
-        run = self._latest == event
-        _, accountant = self._admit(connection, event, count)
-        ahead = 1
-        if run:
-            # Pricing is slow and equal events come in long runs: look ahead in powers of two, so that a run of
-            # T releases is priced about log T times. Another writer's line changes `last` and voids it. Who admitted
-            # is asked alone: another accountant's bound may be a little lower, and takes seconds each time.
-            spent, delta = tuple(self.events()), self._delta(None)
-            while ahead < 2**20 and shows(accountant, (*spent, (event, count + ahead)), delta, self.budget):
-                ahead *= 2
-        self._cleared, self._latest = (last + 1, event, ahead // 2), event
-
-    def _admit(self, connection: sqlite3.Connection, event: Event, count: int) -> tuple[int, str]:
-        """Raise unless `count` more of `event` fit the budget; (the last line's number, the accountant that admits)."""
-        accountant = ""
-        if self.budget is not None:
-            spent = tuple(self.events())
-            found = admitting((*spent, (event, count)), self._delta(None), self.budget)
-            if found is None:
-                raise _OverBudgetError(spent)
-            accountant = found
-        return _last_sequence(connection), accountant
-
-
-class _OverBudgetError(Exception):
-    """What was asked for does not fit; ``spent`` is what had been released when it was asked."""
-
-    def __init__(self, spent: tuple[tuple[Event, int], ...]) -> None:
-        super().__init__()
-        self.spent = spent
-
-
-def _largest_that_fits(
-    spent: tuple[tuple[Event, int], ...], event: Event, count: int, delta: float, budget: float
-) -> int:
-    """How many of `event`, fewer than `count`, some accountant shows to fit."""
-    try:
-        prices = spending((*spent, (event, count)), delta).by_accountant
-    except DPFAError:
-        return 0
-    tightest, _ = min(prices, key=lambda price: price[1])
-
-    def fits_by_the_tightest(more: int) -> bool:
-        try:
-            return upper_bound(tightest, (*spent, (event, more)), delta) <= budget
-        except DPFAError:
-            return False
-
-    def fits_by_any(more: int) -> bool:
-        return within((*spent, (event, more)), delta, budget)
-
-    # One accountant leads nearly to the answer; asking all of them takes seconds each time.
-    least = _bisect(fits_by_the_tightest, 0, count)
-    return _bisect(fits_by_any, least, count) if least + 1 < count and fits_by_any(least + 1) else least
-
-
-def _bisect(good: Callable[[int], bool], low: int, high: int) -> int:
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if good(middle) else (low, middle)
-    return low
-
-
-def _so_far(spent: tuple[tuple[Event, int], ...], delta: float) -> str:
-    try:
-        epsilon = Decimal(spending(spent, delta).epsilon)
-    except DPFAError:
-        return "what no accountant can price"
-    return f"epsilon={epsilon.normalize(Context(prec=6, rounding=ROUND_CEILING)):f}"
 
 
 def _use_wal(database: sqlite3.Connection) -> None:
