@@ -399,6 +399,12 @@ def test_spending_needs_a_delta() -> None:
         Ledger.memory().spent()
 
 
+@pytest.mark.parametrize("delta", [2, -1e-5, float("nan"), "1e-5"])
+def test_spending_at_a_delta_that_is_none_is_refused_before_anything_is_priced(delta: Any) -> None:
+    with pytest.raises(PrivacyParameterError, match=r"delta must be in \[0, 1\)"):
+        Ledger.memory().spent(delta)
+
+
 def test_an_empty_ledger_has_spent_nothing() -> None:
     assert Ledger.memory(delta=1e-5).spent() == 0.0
 

@@ -281,6 +281,7 @@ class Ledger:
         delta = self.delta if delta is None else delta
         if delta is None:
             raise LedgerError("spending needs a delta, got none; pass delta or create the ledger with one.")
+        fraction("delta", delta)
         return delta
 
     def _connect(self, *, create: bool) -> sqlite3.Connection:
