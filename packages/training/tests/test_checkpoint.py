@@ -275,6 +275,17 @@ def test_checkpoint_of_another_plan_or_none_is_refused(tmp_path):
         load_checkpoint(tmp_path / "cut.pt", engine_of(other), other_loader.sampler)
 
 
+def test_checkpoints_of_something_else_are_refused(tmp_path):
+    module, _, loader = start(None)
+    engine = engine_of(module)
+    for wrong, text in (((module, loader.sampler), "engine must be"), ((engine, loader), "sampler must be that of")):
+        with pytest.raises(PrivacyParameterError, match=text):
+            save_checkpoint(tmp_path / "run.pt", *wrong)
+        with pytest.raises(PrivacyParameterError, match=text):
+            load_checkpoint(tmp_path / "run.pt", *wrong)
+    assert not (tmp_path / "run.pt").exists()
+
+
 def test_no_key_is_written_and_files_are_their_owners(tmp_path):
     module, opt, loader = start(ledger(tmp_path / "l.db"))
     (tmp_path / "run.pt.part").write_bytes(b"left by a crash, readable by all")

@@ -191,6 +191,59 @@ def test_an_optimiser_that_holds_more_later_is_refused_at_its_step() -> None:
     assert torch.equal(module.last.weight, before)
 
 
+# ---- what leaves with the weights
+
+
+class Tracking(Net):
+    """Follows the mean of its inputs, as running statistics do."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.register_buffer("mean", torch.zeros(4), persistent=how != "not saved")
+        self.register_buffer("calls", torch.tensor(0))
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Any:
+        mean = x.detach().mean(0)
+        if self.training:
+            self.calls += 1
+            match self.how:
+                case "in place" | "not saved":
+                    self.mean.lerp_(mean, 0.1)
+                case "by its data":
+                    self.mean.data.copy_(mean)
+                case "replaced":
+                    self.mean = mean
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("how", ["in place", "by its data", "replaced"])
+@pytest.mark.parametrize("graded", [True, False])
+def test_a_buffer_that_follows_the_data_is_refused_by_name_and_put_back(how: str, graded: bool) -> None:
+    module, _, loader = private(Tracking(how))
+    x, _ = next(iter(loader))
+    with torch.set_grad_enabled(graded), pytest.raises(NotPrivateError, match=r"no noise, got \['mean'\]"):
+        module(x)
+    assert not module.state_dict()["mean"].any()
+
+
+def test_running_statistics_of_torchs_own_are_refused() -> None:
+    module = nn.Sequential(nn.Linear(4, 8), nn.Unflatten(1, (2, 4)), nn.InstanceNorm1d(2, track_running_stats=True))
+    module, _, loader = private(nn.Sequential(module, nn.Flatten()))
+    with pytest.raises(NotPrivateError, match=r"'0\.2\.running_mean', '0\.2\.running_var'"):
+        module(next(iter(loader))[0])
+
+
+@pytest.mark.parametrize(
+    "module",
+    [Tracking("never"), Tracking("not saved"), nn.utils.parametrizations.spectral_norm(nn.Linear(4, 3))],
+)
+def test_buffers_that_stay_are_not_saved_or_follow_the_weights_may_be_there(module: nn.Module) -> None:
+    module, optimizer, loader = private(nn.Sequential(module))
+    train(module, optimizer, loader, plain)
+    assert engine_of(module).steps == 3
+
+
 # ---- what fails on its way
 
 

@@ -248,7 +248,8 @@ def test_rows_chosen_from_memory_change_neither_draws_nor_noise():
         ({"max_physical_batch_size": "big"}, "must be one of 'auto'"),
         ({"max_physical_batch_size": 1}, "must be an integer >= 2"),
         ({"max_physical_batch_size": 2.5}, "must be an integer >= 2, got 2.5"),
-        ({"data_loader": [1, 2]}, "data_loader must be a torch DataLoader, got 'list'"),
+        ({"data_loader": [1, 2]}, "the loader must be a torch DataLoader, got 'list'"),
+        ({"ledger": "ledger.db"}, "ledger must be a Ledger or None, got 'str'"),
         ({"optimizer": "sgd"}, "optimizer must be a torch Optimizer, got 'str'"),
     ],
 )
@@ -259,9 +260,7 @@ def test_settings_that_do_not_fit_together_are_refused(options, text):
 
 def test_what_make_private_gave_back_is_not_taken_again():
     module, optimizer, loader = private()
-    with pytest.raises(
-        PrivacyParameterError, match=r"PrivateLoader'\. make_private gave it back; pass the loader that"
-    ):
+    with pytest.raises(PrivacyParameterError, match=r"got 'what make_private gave back'\. Pass the one it is made of"):
         private(small(), data_loader=loader)
     with pytest.raises(NotPrivateError, match="private already"):
         private(module, optimizer=optimizer)

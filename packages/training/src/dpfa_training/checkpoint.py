@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from dpfa_core.checks import require
 from dpfa_core.errors import PrivacyParameterError
 from dpfa_core.registry import BACKENDS
 from dpfa_training.engine import Engine
@@ -45,6 +46,7 @@ def save_checkpoint(
     Raises: NotPrivateError while a batch is at hand that has not been through backward, or a last one without
     its step.
     """
+    _check_kinds(engine, sampler)
     optimizer = engine.optimizer()
     state = {
         "format": FORMAT,
@@ -79,6 +81,7 @@ def load_checkpoint(path: str | os.PathLike[str], engine: Engine, sampler: Draws
     Raises: PrivacyParameterError if the file is missing, damaged or of another plan or model; LedgerError if
     the engine's ledger does not hold what the run has spent.
     """
+    _check_kinds(engine, sampler)
     try:
         state = torch.load(Path(path), weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
@@ -103,6 +106,12 @@ def load_checkpoint(path: str | os.PathLike[str], engine: Engine, sampler: Draws
     _restore_random_states(state["random"])
     extra: dict[str, Any] = state["extra"]
     return extra
+
+
+def _check_kinds(engine: Any, sampler: Any) -> None:
+    require(isinstance(engine, Engine), "engine must be engine_of(module)", type(engine).__name__)
+    remedy = 'With sampling="none" there is nothing to resume privately: use torch.save.'
+    require(isinstance(sampler, Draws), "sampler must be that of a private loader", type(sampler).__name__, remedy)
 
 
 def fingerprint(engine: Engine) -> str:

@@ -14,6 +14,7 @@ from dpfa_core.selection import backend as load_backend
 from dpfa_core.selection import select
 from dpfa_training.adaptive_clipping import QuantileClipping
 from dpfa_training.clipped_sums import ClippedSums
+from dpfa_training.inputs import rows_of
 from dpfa_training.plan import Reduction
 from dpfa_training.recording import Recording
 from dpfa_training.self_check import SAMPLES
@@ -61,7 +62,7 @@ def clipped_gradients(
         norms = clipped_sums.add(tape, sums, weights=ones, scale=1.0)
         found.append((sums, norms.square().sum(0).sqrt()))
 
-    rows = _rows(batch)
+    rows = rows_of(batch, {})
     if rows == 0:
         nothing = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in recording.parameters.items()}
         return nothing, torch.zeros(0, dtype=torch.float64)
@@ -102,10 +103,3 @@ def _survey(recording: Recording, per_sample_loss: Any, batch: Any, rows: int) -
     finally:
         for layer, mode in modes:
             layer.training = mode
-
-
-def _rows(batch: Any) -> int:
-    for leaf in torch.utils._pytree.tree_leaves(batch):
-        if isinstance(leaf, torch.Tensor) and leaf.dim() > 0:
-            return int(leaf.shape[0])
-    raise ValueError("batch must hold a tensor with one row per sample")

@@ -24,6 +24,7 @@ from dpfa_core.selection import select
 from dpfa_kernels_torch.noise.keys import KeySource
 from dpfa_training import guard, loss_check
 from dpfa_training.adaptive_clipping import COUNT, COUNT_PARAMETER, MovingThreshold, QuantileClipping
+from dpfa_training.buffers import Buffers
 from dpfa_training.charges import Charges
 from dpfa_training.clipped_sums import ClippedSums
 from dpfa_training.clipping import Clipping
@@ -41,6 +42,8 @@ NOT_COVERED = (
     "data; they are not covered by epsilon.",
     "Labels, masks, weights and other numbers without a gradient that enter the loss are assumed to be, row by row, "
     "the row's own; the loss is checked to keep the rows of the module's output apart.",
+    "What the data set, the loader's collation and the loop do to records before the module sees them is assumed to "
+    "keep records apart (no mixing of images, no statistics of a batch).",
     "Noise is drawn in floating point (53-bit radius); the finite tail and the rounding of the noised "
     "sum are not part of epsilon.",
 )
@@ -93,6 +96,7 @@ class Engine:
         self._draw: int | None = None
         """The draw that ``_sums`` belongs to."""
         self._forwarded = self._clipped = self._stepped = False
+        self._buffers = Buffers(module)
         self._loss = LossCheck(plan.reduction, self.recording.anchor)
         self._tape: Tape | None = None
         loss_check.install()
@@ -212,6 +216,8 @@ class Engine:
         if module is not self.recording.module:
             return
         self.recording.stop()  # a backward that failed may have left its proxies behind
+        if module.training:
+            self._buffers.begin()
         if not (module.training and torch.is_grad_enabled()):
             return
         self._loss.forget()
@@ -240,6 +246,7 @@ class Engine:
             tape, self._tape = self._tape, None
             if tape is not None:
                 self._loss.expect(output, tape.rows, tape.hold)
+            self._buffers.check()
 
     def _current_batch(self, rows: int) -> PhysicalBatch:
         if self.plan.sampling == "none":

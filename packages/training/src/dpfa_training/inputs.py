@@ -18,7 +18,7 @@ def rows_of(args: Any, kwargs: Any) -> int:
     for leaf in pytree.tree_leaves((args, kwargs)):
         if isinstance(leaf, torch.Tensor) and leaf.dim() > 0:
             return int(leaf.shape[0])
-    raise NotPrivateError("the module must get a tensor with one row per sample, got none.")
+    raise NotPrivateError("the batch must hold a tensor with one row per sample, got none; pass one in dimension 0.")
 
 
 def check_inputs(args: Any, kwargs: Any) -> None:

@@ -86,7 +86,7 @@ def make_private(
     Raises: PrivacyParameterError, NotPrivateError (what cannot be covered, by name), LedgerError.
     Source: Abadi et al. 2016.
     """
-    _check_kinds(module, optimizer, data_loader)
+    _check_kinds(module, optimizer, ledger)
     users, population, batch_size = _units(data_loader, unit, user_ids)
     plan = TrainingPlan(
         noise_multiplier=noise_multiplier,
@@ -128,7 +128,7 @@ def make_private_with_epsilon(
     parameters change.
     """
     integer("epochs", epochs, least=1)
-    _check_kinds(module, optimizer, data_loader)
+    _check_kinds(module, optimizer, ledger)
     users, population, batch_size = _units(data_loader, unit, user_ids)
     plan = plan_for_target(
         target_epsilon=target_epsilon,
@@ -221,14 +221,13 @@ def attach(
     return module, optimizer, PrivateLoader(data_loader, engine.draws, engine)
 
 
-def _check_kinds(module: Any, optimizer: Any, data_loader: Any) -> None:
-    for name, value, kind in (
-        ("module", module, nn.Module),
-        ("optimizer", optimizer, torch.optim.Optimizer),
-        ("data_loader", data_loader, DataLoader),
-    ):
-        again = " make_private gave it back; pass the loader that it was made of." * isinstance(value, PrivateLoader)
-        require(isinstance(value, kind), f"{name} must be a torch {kind.__name__}", type(value).__name__, again.strip())
+def _check_kinds(module: Any, optimizer: Any, ledger: Any) -> None:
+    require(isinstance(module, nn.Module), "module must be a torch Module", type(module).__name__)
+    require(
+        isinstance(optimizer, torch.optim.Optimizer), "optimizer must be a torch Optimizer", type(optimizer).__name__
+    )
+    known = ledger is None or isinstance(ledger, Ledger)
+    require(known, "ledger must be a Ledger or None", type(ledger).__name__, "Use Ledger.open(path, ...).")
 
 
 def _one_process() -> None:

@@ -10,6 +10,7 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sequential
 
 from dpfa_core.checks import require
 from dpfa_core.errors import NotPrivateError
+from dpfa_training.sampling.loader import PrivateLoader
 
 
 def check_loader(
@@ -18,8 +19,12 @@ def check_loader(
     """(records, batch size) of a loader whose sampling may be replaced.
 
     Args: `units` that a batch counts, if they are not the records, and what they are called.
-    Raises: NotPrivateError for a sampler of the user's own, which is not silently replaced.
+    Raises: PrivacyParameterError, or NotPrivateError for a sampler of the user's own, which is not silently replaced.
     """
+    kind = "what make_private gave back" if isinstance(loader, PrivateLoader) else type(loader).__name__
+    require(
+        isinstance(loader, DataLoader), "the loader must be a torch DataLoader", kind, "Pass the one it is made of."
+    )
     dataset = loader.dataset
     if not isinstance(dataset, Sized) or isinstance(dataset, torch.utils.data.IterableDataset):
         raise NotPrivateError(
