@@ -12,7 +12,7 @@ from dpfa_core.errors import PluginError, PrivacyParameterError, UnsupportedEven
 from dpfa_core.events import Composed, EpsilonDelta, Event
 from dpfa_core.registry import MECHANISMS
 from dpfa_core.spec import AttentionProblem, NoisePlan, PrivacySpec, Sensitivity
-from dpfa_core.spending import upper_bound
+from dpfa_core.spending import spending, upper_bound
 from dpfa_mechanisms.gaussian import Gaussian, gaussian_delta
 from dpfa_mechanisms.sensitivity import sensitivity
 
@@ -63,6 +63,15 @@ def test_sampled_gaussian_keeps_the_promise_and_accounting_agrees(epsilon: float
     assert 0.9 * delta < total <= delta
     assert 0.99 * epsilon < release.epsilon <= epsilon
     assert charge(release.event) < delta
+
+
+@pytest.mark.parametrize("mechanism", ["gaussian", "laplace", "low_rank(rank=4)", "discrete_gaussian"])
+@pytest.mark.parametrize("epsilon", [0.5, 1.0, 3.0])
+def test_a_ledgers_price_of_one_call_is_not_above_what_the_call_promised(mechanism: str, epsilon: float) -> None:
+    """A budget of epsilon holds one call of epsilon, in every shape: accounting rounds up, too."""
+    for rows in (1, 2, 3, 5, 23):
+        release = priced(mechanism, epsilon=epsilon, lifetime_delta=1e-5, q_len=rows, kv_len=rows)
+        assert spending(((release.event, 1),), 1e-5).epsilon <= epsilon
 
 
 def test_scale_is_multiplier_times_sensitivity_rounded_up() -> None:

@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dpfa_attention.functional import dp_flash_attn_func
 from dpfa_attention.module import DPFlashAttention
 from dpfa_attention.release_paths import check_release_paths
+from dpfa_core.errors import PrivacyParameterError
 from dpfa_core.events import Laplace
 from dpfa_core.ledger import Ledger
 from dpfa_mechanisms.tensor_mechanism import DPMechanism
@@ -135,6 +137,22 @@ def test_a_module_without_a_release_leaks_and_a_public_input_does_not() -> None:
     assert [(leak.kind, leak.steps) for leak in found.leaks] == [("output", ("(top): addmm",))]
     assert "releases: none" in str(found)
     assert check_release_paths(nn.Linear(E, E), torch.randn(2, E), public_inputs=[0])
+
+
+@pytest.mark.parametrize(
+    ("module", "inputs", "public", "text"),
+    [
+        (F.relu, (torch.ones(2),), [], "module must be an nn.Module, got 'function'"),
+        (nn.Identity(), (torch.ones(2),), [1], r"places or names of the inputs, \[0\], got '1'"),
+        (nn.Identity(), (torch.ones(2),), ["memory"], "got \"'memory'\""),
+        (nn.Identity(), (torch.ones(2),), "input", "got \"'input'\""),
+        (nn.Identity(), (torch.ones(2).numpy(),), [], "inputs must hold a tensor to follow, got 'ndarray'"),
+        (nn.Identity(), (), [], "inputs must hold a tensor to follow, got 'none'"),
+    ],
+)
+def test_a_check_that_could_find_nothing_is_refused(module: Any, inputs: Any, public: Any, text: str) -> None:
+    with pytest.raises(PrivacyParameterError, match=text):
+        check_release_paths(module, *inputs, public_inputs=public)
 
 
 def test_a_release_by_the_function_counts_as_one() -> None:

@@ -26,6 +26,9 @@ LITTLE = 1.0 / 16.0
 """A sampler that costs more than this share of delta gives way to one that reaches further."""
 
 
+ROUNDS = 4
+"""In which a calibration meets the rounding of an accountant; each takes off twice what was too much."""
+
 MULTIPLIER = "noise_multiplier"
 """The parameter of a mechanism's name that takes the place of its calibration."""
 
@@ -131,7 +134,15 @@ def priced_release(
             noise_multiplier = max(noise_multiplier, heads.least(mechanism, left))
     event = event_of(noise_multiplier)
     if fixed is None:
-        epsilon = price(entry, accountant, event, spec, left)
+        found = confirmed(entry, accountant, event, spec, left)
+        for _ in range(ROUNDS):
+            if found <= spec.epsilon:
+                break
+            # accounting rounds up: a hair more noise, and a budget of epsilon holds this very call
+            noise_multiplier *= 1.0 + 2.0 * (found / spec.epsilon - 1.0)
+            event = event_of(noise_multiplier)
+            found = confirmed(entry, accountant, event, spec, left)
+        epsilon = min(found, spec.epsilon)
     else:
         epsilon = _price_of_fixed(fixed, accountant, event, spec, left)
 
@@ -219,7 +230,12 @@ def _additive(entry: Entry) -> Mechanism:
 
 
 def price(entry: Entry, accountant: str | None, event: Event, spec: PrivacySpec, delta: float) -> float:
-    """Epsilon of `event` at `delta` by the first accountant that confirms the promise."""
+    """Epsilon of `event` at `delta` by the first accountant that confirms the promise, which it does not exceed."""
+    return min(confirmed(entry, accountant, event, spec, delta), spec.epsilon)
+
+
+def confirmed(entry: Entry, accountant: str | None, event: Event, spec: PrivacySpec, delta: float) -> float:
+    """What the first accountant says that confirms the promise, up to its rounding."""
     promised = spec.epsilon * (1.0 + AGREEMENT) + AGREEMENT
     above: list[str] = []
     reasons: list[str] = []
@@ -230,7 +246,7 @@ def price(entry: Entry, accountant: str | None, event: Event, spec: PrivacySpec,
             reasons.append(f"{name}: {error}")
             continue
         if found <= promised:
-            return min(found, spec.epsilon)
+            return found
         above.append(f"{name} {found:.9g}")
     if above:
         raise PluginError(

@@ -19,6 +19,7 @@ from dpfa_attention.adaptive_clip import Moved
 from dpfa_attention.stats import PrivacyStats
 from dpfa_attention.tensor_release import Found
 from dpfa_attention.terms import Terms, agreed
+from dpfa_core.checks import require
 from dpfa_core.contracts import TensorMechanism
 from dpfa_core.ledger import Ledger
 from dpfa_core.spec import PrivacySpec
@@ -86,13 +87,30 @@ def check_release_paths(
         inputs, kwargs: of one call; every tensor in them is private.
         public_inputs: except those at these places or of these names; masks by default.
     Returns: the paths, one for each place outside; false if there is any.
-    Raises: what the module raises.
+    Raises: PrivacyParameterError for a public input that there is not, or inputs without a tensor, of which nothing
+        could be found; what the module raises.
     Source: PRIVACY P9.
     """
+    given = dict([*enumerate(inputs), *kwargs.items()])
+    require(isinstance(module, nn.Module), "module must be an nn.Module", type(module).__name__)
+    places = isinstance(public_inputs, Collection) and not isinstance(public_inputs, str)
+    unknown = sorted(map(repr, set(public_inputs) - {*given, *MASKS})) if places else [repr(public_inputs)]
+    require(
+        not unknown,
+        f"public_inputs must hold places or names of the inputs, {[*given]}",
+        ", ".join(unknown),
+        'One of them: public_inputs=["memory"].',
+    )
+    require(
+        any(True for value in given.values() for _ in _tensors(value)),
+        "inputs must hold a tensor to follow",
+        ", ".join(type(value).__name__ for value in given.values()) or "none",
+        "Made-up ones will do.",
+    )
     names = {module_: name or "(top)" for name, module_ in module.named_modules()}
     kept = {name: buffer.detach().clone() for name, buffer in module.named_buffers()}
     trace = _Trace()
-    for place, value in [*enumerate(inputs), *kwargs.items()]:
+    for place, value in given.items():
         if place not in public_inputs:
             for tensor in _tensors(value):
                 trace.begin(tensor, f"input {place!r}")
