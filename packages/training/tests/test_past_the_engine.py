@@ -191,6 +191,25 @@ def test_an_optimiser_that_holds_more_later_is_refused_at_its_step() -> None:
     assert torch.equal(module.last.weight, before)
 
 
+def move(parameter: Tensor) -> None:
+    """An optimiser of one's own, run during backward."""
+    with torch.no_grad():
+        parameter -= parameter.grad
+
+
+@pytest.mark.parametrize("kind", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_gradient_hooks_are_refused_before_they_see_a_gradient(kind: str) -> None:
+    module, seen = Net(), []
+    hook = move if "accumulate" in kind else seen.append
+    getattr(module.last.weight, kind)(hook)
+    before = module.last.weight.detach().clone()
+    module, _, loader = private(module)
+    with pytest.raises(NotPrivateError, match=r"'last\.weight' must have no gradient hooks"):
+        module(next(iter(loader))[0])
+    assert not seen
+    assert torch.equal(module.last.weight, before)
+
+
 # ---- what leaves with the weights
 
 

@@ -45,6 +45,7 @@ def self_check(recording: Recording, backend: Any, args: Any, kwargs: Any, rows:
     """
     samples = min(SAMPLES, rows)
     parameters = recording.parameters
+    _refuse_hooks(parameters)
     modes = [(layer, layer.training) for layer in recording.module.modules()]
     try:
         with ExitStack() as quiet:
@@ -91,6 +92,16 @@ def self_check(recording: Recording, backend: Any, args: Any, kwargs: Any, rows:
         ", and none moves another's" if samples > 1 else "",
     )
     return samples
+
+
+def _refuse_hooks(parameters: dict[str, torch.nn.Parameter]) -> None:
+    """They would be given the gradients of single samples here, and nothing later."""
+    for name, parameter in parameters.items():
+        if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
+            raise NotPrivateError(
+                f"{name!r} must have no gradient hooks, got some: a private gradient does not come by way of them, and "
+                "what they saw of plain ones would be without noise. Remove them; change gradients in the optimiser."
+            )
 
 
 def _together(
