@@ -97,13 +97,25 @@ def test_same_seed_gives_the_same_weights_and_two_steps_never_the_same_noise():
 
 def test_virtual_batches_equal_the_whole_draw():
     ends = []
-    for size in (None, 3):
+    for size in (None, 3, 1):
         torch.manual_seed(0)
         module, opt, loader = private(TinyViT(), images(40), 16, max_physical_batch_size=size)
         run(module, opt, loader)
         assert engine_of(module).steps == len(loader)
         ends.append(module.qkv.weight.detach().clone())
-    torch.testing.assert_close(*ends, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(ends[0], ends[1], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(ends[0], ends[2], rtol=1e-4, atol=1e-6)
+
+
+def test_one_row_at_a_time_is_never_two_also_for_an_empty_draw():
+    module, opt, loader = private(TinyViT(), images(60), 1, max_physical_batch_size=1)
+    sizes = set()
+    for x, y in loader.draws(12):
+        sizes.add((len(x), int(engine_of(module)._batch.weights.sum())))
+        CRITERION(module(x), y).backward()
+        opt.step()
+    assert sizes == {(1, 0), (1, 1)}
+    assert engine_of(module).steps == 12
 
 
 def test_leaving_a_draw_early_does_not_join_it_with_the_next():

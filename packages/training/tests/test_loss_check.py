@@ -240,8 +240,17 @@ def test_a_factor_that_changes_from_step_to_step_is_refused(reduction: str, loss
 
 
 def test_parts_of_any_size_count_the_same() -> None:
-    for reduction, loss in (("mean", flat), ("sum", lambda out, y: flat(out, y, reduction="sum"))):
-        train(loss, labels(padded=False), reduction=reduction, max_physical_batch_size=3)
+    own = APART["mean of each row's own tokens"][1]
+    for size in (1, 3):
+        for reduction, loss in (("mean", flat), ("sum", lambda out, y: flat(out, y, reduction="sum")), ("mean", own)):
+            train(loss, labels(padded=loss is own), reduction=reduction, max_physical_batch_size=size)
+
+
+@pytest.mark.parametrize("name", ["ignored tokens", "class weights", "chosen tokens", "root of the mean"])
+def test_rows_one_by_one_are_looked_at_like_others(name: str) -> None:
+    padded, loss, reason = COUPLED[name]
+    with pytest.raises(NotPrivateError, match=rf"(?s)({reason}|counted .* at the first step).*one loss for each row"):
+        train(loss, labels(padded), max_physical_batch_size=1)
 
 
 def test_a_loss_scaler_is_refused_by_name() -> None:

@@ -81,7 +81,7 @@ def ones(batch_size, size, **options):
 
 
 @pytest.mark.parametrize("sampling", PRIVATE_SAMPLINGS)
-@pytest.mark.parametrize("size", [None, 3])
+@pytest.mark.parametrize("size", [None, 1, 3])
 def test_fault_12_the_sum_is_divided_by_the_public_expected_size_whatever_was_drawn(sampling, size):
     module, opt, loader = ones(batch_size=2, size=size, **options_of(sampling))
     weight = module[0]
@@ -246,8 +246,8 @@ def test_rows_chosen_from_memory_change_neither_draws_nor_noise():
         ({"unit": "user", "user_ids": range(3)}, "user of each of the 40 records"),
         ({"unit": "user", "user_ids": [0] * 20 + [1] * 20}, "between 1 and the 2 users"),
         ({"max_physical_batch_size": "big"}, "must be one of 'auto'"),
-        ({"max_physical_batch_size": 1}, "must be an integer >= 2"),
-        ({"max_physical_batch_size": 2.5}, "must be an integer >= 2, got 2.5"),
+        ({"max_physical_batch_size": 0}, "must be an integer >= 1"),
+        ({"max_physical_batch_size": 2.5}, "must be an integer >= 1, got 2.5"),
         ({"data_loader": [1, 2]}, "the loader must be a torch DataLoader, got 'list'"),
         ({"ledger": "ledger.db"}, "ledger must be a Ledger or None, got 'str'"),
         ({"optimizer": "sgd"}, "optimizer must be a torch Optimizer, got 'str'"),

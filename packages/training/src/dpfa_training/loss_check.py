@@ -64,8 +64,8 @@ class LossCheck:
                 self._outputs[(edge.node, edge.output_nr)] = Owners(0, np.arange(rows))
             else:
                 (self._elsewhere if leaf.dim() else self._own).add(edge.node)
-        self.passed = rows < 2  # one row meets no other
-        if leaves and not self.passed:
+        self.passed = False
+        if leaves:
             _waiting[id(self)] = self
 
     def forget(self) -> None:
@@ -154,6 +154,8 @@ class LossCheck:
                     f"the loss must be what its rows lose, got {value:g} times that, as a GradScaler makes it: norms "
                     "would be clipped at another size than stated. Use bfloat16 autocast, and no GradScaler."
                 )
+            if self._rows == 1:  # there is no other row here
+                continue
             raise Coupled(
                 f"a tensor of one number ({value:.6g}) by which the terms are {_DONE[name]}, computed from who knows "
                 "which rows (write a constant as a Python number)"

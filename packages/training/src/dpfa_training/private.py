@@ -20,14 +20,7 @@ from dpfa_training.adaptive_clipping import QuantileClipping
 from dpfa_training.engine import Engine
 from dpfa_training.guard import engine_of_parameter
 from dpfa_training.plan import Reduction, Sampling, TrainingPlan, TrainingUnit
-from dpfa_training.sampling import (
-    SMALLEST_PHYSICAL_BATCH,
-    Draws,
-    MemoryProbe,
-    PrivateLoader,
-    Users,
-    check_loader,
-)
+from dpfa_training.sampling import Draws, MemoryProbe, PrivateLoader, Users, check_loader
 
 Clips = str | Mapping[str, float] | QuantileClipping
 PhysicalBatchSize = int | Literal["auto"] | None
@@ -199,7 +192,7 @@ def attach(
     if isinstance(max_physical_batch_size, str):
         one_of("max_physical_batch_size", max_physical_batch_size, ("auto",), "Or give a number of rows.")
     elif max_physical_batch_size is not None:
-        integer("max_physical_batch_size", max_physical_batch_size, least=SMALLEST_PHYSICAL_BATCH)
+        integer("max_physical_batch_size", max_physical_batch_size, least=1)
     if ledger is None:
         ledger = Ledger.memory(unit=plan.unit, relation=plan.relation)
     if ledger.unit not in (None, plan.unit):

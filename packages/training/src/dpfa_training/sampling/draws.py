@@ -20,7 +20,7 @@ from dpfa_training.sampling.secret_bits import Indices
 from dpfa_training.sampling.users import Users
 
 SMALLEST_PHYSICAL_BATCH = 2
-"""Smaller draws, the empty one too, are padded with rows of weight 0."""
+"""Smaller draws, the empty one too, are padded with rows of weight 0, unless one row at a time was asked for."""
 
 
 class Draws:
@@ -41,7 +41,7 @@ class Draws:
         users: Users | None = None,
     ) -> None:
         if isinstance(max_rows, int):
-            integer("max_physical_batch_size", max_rows, least=SMALLEST_PHYSICAL_BATCH)
+            integer("max_physical_batch_size", max_rows, least=1)
             require(
                 users is None or users.largest <= max_rows,
                 f"max_physical_batch_size must hold all records of a user ({users.largest if users else 0} at most)",
@@ -173,7 +173,8 @@ class Draws:
 
     def _batch(self, draw: int, chosen: list[int], start: int, *, last: bool) -> PhysicalBatch:
         rows = chosen if self.users is None else [row for user in chosen for row in self.users.records[user]]
-        missing = max(0, SMALLEST_PHYSICAL_BATCH - len(rows))
+        least = 1 if self.max_rows == 1 else SMALLEST_PHYSICAL_BATCH
+        missing = max(0, least - len(rows))
         units = None
         if self.users is not None:
             lengths = torch.tensor([*(len(self.users.records[user]) for user in chosen), missing])
