@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 import time
@@ -239,6 +240,16 @@ def test_the_clip_follows_the_median_of_the_records(unit: Any) -> None:
     ours.enable_adaptive_noise(False)
     ours(x)
     assert len(ours.export_privacy_analysis()["clip_norm_path"]) == 60
+
+
+def test_noise_alone_moves_the_clip_no_further_than_records_could() -> None:
+    ours, x = module(adaptive_noise=True, max_grad_norm=1.0, sensitivity_analysis=False), words(2, 3, E)
+    for _ in range(30):
+        ours(x)  # two records, under a count whose noise is ten times as many
+    path = [1.0, *ours.export_privacy_analysis()["clip_norm_path"]]
+    steps = [math.log(after / before) for before, after in itertools.pairwise(path)]
+    assert max(map(abs, steps)) <= 0.1 * (1 + 1e-9)
+    assert max(map(abs, steps)) > 0.09
 
 
 def test_one_record_moves_the_count_by_two_at_most(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,9 @@ SHARE = 0.1
 QUANTILE = 0.5
 """Of the records' norms, which the clip follows: half of the records are not clipped at all."""
 
+LEARNING_RATE = 0.2
+"""The clip moves by exp(0.1) at most in one call, as a share of records between 0 and 1 moves it."""
+
 BOUNDS = (2.0**-10, 2.0**10)
 """The clip stays between these, which are public."""
 
@@ -88,9 +91,12 @@ def moved_clip(
         initial=clip_norm,
         steps=1,
         record=record,
+        learning_rate=LEARNING_RATE,
         relation="replace",
     )
-    low, high = BOUNDS
+    # a count of few records is mostly noise, and a share beyond 0 or 1 is nothing else
+    step = math.exp(LEARNING_RATE / 2.0)
+    low, high = max(BOUNDS[0], clip_norm / step), min(BOUNDS[1], clip_norm * step)
     return Moved(min(max(found.value, low), high), epsilon, delta, ids[0])
 
 

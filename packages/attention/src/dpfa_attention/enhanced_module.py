@@ -59,8 +59,8 @@ class EnhancedDPFlashAttention(DPCheckpointedAttention):
         sensitivity_analysis: keep the public bounds of the last call's shape, per head and per component, for
             ``export_privacy_analysis``. The noise goes by the exact public bound in any case.
         adaptive_noise: spend a tenth of each call's epsilon and delta on a noisy count that moves the clip norm towards
-            the median of the records' norms before the release; the noise follows the clip. Without it both are
-            constant.
+            the median of the records' norms, by a tenth at most, before the release; the noise follows the
+            clip. Without it both are constant.
         dropout: on the weights, in training; a release refuses it.
         noise_site: "scores" puts the noise on the bounded scores, of which the values are no part: such a call costs an
             infinite epsilon unless values="public" declares that they hold no part of a record. It needs a
