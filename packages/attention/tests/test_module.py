@@ -102,11 +102,57 @@ def test_padding_is_not_attended_under_causal_and_window(options: dict[str, Any]
     torch.testing.assert_close(trained(short), ours(short), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("where", ["left", "anywhere"])
+@pytest.mark.parametrize("diagonal", [None, "causal", "mask"])
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_padding_may_be_anywhere_in_a_row(where: str, diagonal: str | None, batch_first: bool) -> None:
+    theirs, ours = pair(batch_first=batch_first, causal=diagonal == "causal")
+    ahead = torch.ones(6, 6, dtype=torch.bool).triu(1)
+    padding = torch.arange(6) < torch.tensor([[0], [1], [3]])
+    if where == "anywhere":
+        padding = torch.tensor([[1, 0, 0, 1, 0, 0], [0, 0, 1, 1, 1, 0], [0, 0, 0, 0, 0, 1]]).bool()
+    x, rows = words(3, 6, E), ~padding
+    expected = theirs(*[x if batch_first else x.transpose(0, 1)] * 3, padding, attn_mask=ahead if diagonal else None)[0]
+    mask = {"attn_mask": ahead} if diagonal == "mask" else {}
+
+    def run(x: Tensor) -> Tensor:
+        out: Tensor = ours(x if batch_first else x.transpose(0, 1), key_padding_mask=padding, **mask)
+        return out if batch_first else out.transpose(0, 1)
+
+    found = run(x)
+    torch.testing.assert_close(
+        found[rows], (expected if batch_first else expected.transpose(0, 1))[rows], atol=1e-5, rtol=1e-5
+    )
+    other = x.clone()
+    other[padding] = words(int(padding.sum()), E)
+    assert torch.equal(run(other)[rows], found[rows])
+
+
+def test_padding_in_front_costs_what_padding_behind_does() -> None:
+    padding = torch.arange(6) < torch.tensor([[1], [3]])
+    x = words(2, 6, E)
+    spent = []
+    for hidden in (padding, padding.flip(1)):
+        ours = DPFlashAttention(E, H, **PRIVATE, causal=True, ledger=Ledger.memory())
+        _, stats = ours(x, key_padding_mask=hidden, return_privacy_stats=True)
+        spent.append((stats.epsilon_spent, stats.noise_std))
+    assert spent[0] == spent[1]
+
+
+def test_padding_under_a_window_may_be_at_either_end_and_not_inside() -> None:
+    _, ours = pair(window_size=(2, 0))
+    short, long = words(1, 4, E), words(1, 6, E)
+    long[:, 2:] = short
+    padding = torch.tensor([[True] * 2 + [False] * 4])
+    torch.testing.assert_close(ours(long, key_padding_mask=padding)[:, 2:], ours(short))
+    with pytest.raises(PrivacyParameterError, match="must be at the ends"):
+        ours(long, key_padding_mask=torch.tensor([[False, True, False, False, True, False]]))
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
         ({"attn_mask": torch.stack([torch.eye(6).bool()] * 4 + [torch.zeros(6, 6).bool()] * 4)}, "must show the same"),
-        ({"key_padding_mask": torch.arange(6) < torch.tensor([[1], [2]])}, "must show the same"),
         ({"attn_mask": torch.full((6, 6), math.nan)}, "NaN or"),
         ({"attn_mask": torch.ones(6, 6, dtype=torch.long)}, "attn_mask must be a bool or floating-point tensor"),
         ({"key_padding_mask": torch.zeros(2, 5).bool()}, "key_padding_mask must be"),

@@ -16,7 +16,7 @@ from dpfa_attention.adaptive_clip import largest_norm
 from dpfa_attention.functional import released
 from dpfa_attention.head_budgets import as_numbers
 from dpfa_attention.module_arguments import one_clip, refuse_what_no_call_can_use, shared_by_importance
-from dpfa_attention.module_masks import Masks, as_seen, read_masks
+from dpfa_attention.module_masks import Masks, as_seen, moved_padding, read_masks
 from dpfa_attention.module_training import exact_attention, pending
 from dpfa_attention.options import resolve
 from dpfa_attention.privacy_spent import Calls, PrivacySpent
@@ -292,14 +292,14 @@ class DPFlashAttention(nn.Module):
     # ---- release
 
     def _release(self, inputs: list[Tensor], masks: Masks, *, causal: bool, own: bool) -> tuple[Tensor, PrivacyStats]:
-        shown = as_seen(
-            masks,
-            heads=self.num_heads,
-            causal=causal,
-            window=self._window(),
-            own=own,
-        )
-        out, stats = self._attended(inputs, **shown._asdict(), bias=masks.bias)
+        moved = moved_padding(masks, causal=causal, window=self._window(), own=own)
+        if moved is not None:
+            rows, causal = moved
+            out, stats = self._attended(list(rows.packed(*inputs)), causal=causal, lengths=rows.lengths)
+            out = rows.unpacked(out)
+        else:
+            shown = as_seen(masks, heads=self.num_heads, causal=causal, window=self._window(), own=own)
+            out, stats = self._attended(inputs, **shown._asdict(), bias=masks.bias)
         return linear(out.flatten(-2), self.out_proj.weight, self.out_proj.bias), stats
 
     def _attended(self, inputs: list[Tensor], **call: Any) -> tuple[Tensor, PrivacyStats]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dpfa_attention.biases import without_gradient
+from dpfa_attention.padded_batches import Packing, ShownKeys, packing
 from dpfa_attention.visible_lengths import Seen, said_by_lengths, seen, visible_and_bias
 from dpfa_core.checks import require
 
@@ -91,6 +92,25 @@ def outside(S: int, Sk: int, *, causal: bool, window: Window) -> Tensor:
     if right >= 0:
         out |= ahead > right
     return out
+
+
+def moved_padding(masks: Masks, *, causal: bool, window: Window, own: bool) -> tuple[Packing, bool] | None:
+    """(what puts the real tokens of each row in front, causal or not); None where padding is at the ends anyway.
+
+    None as well beside an `attn_mask` that is no diagonal, and a bias: they go by places.
+
+    Raises: PrivacyParameterError for padding inside a text under a window.
+    """
+    (_, S, Sk), attn = masks.shape, masks.attn
+    if masks.padding is None or masks.bias is not None or not own:
+        return None
+    if attn is not None:
+        attn = attn.cpu()
+        if attn.dim() != 2 or not torch.equal(attn, outside(S, Sk, causal=True, window=(-1, -1))):
+            return None
+        causal = True
+    rows = packing(ShownKeys(causal, ~masks.padding, window), shape=masks.shape)
+    return None if rows.keys is None else (rows, causal)
 
 
 def as_seen(

@@ -34,14 +34,17 @@ class Packing:
     queries: Tensor | None = None
     """[B, S]: the row that comes to each place; None where all stay."""
     keys: Tensor | None = None
-    """[B, Sk]."""
+    """[B, Sk]; the same object where queries and keys are of the same tokens."""
 
     def packed(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[B, S, H, D] and [B, Sk, Hk, D] with the real tokens in front."""
+        """[B, S, ...] and [B, Sk, ...] with the real tokens in front."""
+        if k is q and v is q and self.queries is self.keys:
+            q = _moved(q, self.queries)
+            return q, q, q
         return _moved(q, self.queries), _moved(k, self.keys), _moved(v, self.keys)
 
     def unpacked(self, out: Tensor) -> Tensor:
-        """[B, S, H, D], each row back in its place."""
+        """[B, S, ...], each row back in its place."""
         return out if self.queries is None else _moved(out, self.queries.argsort(1))
 
 
@@ -72,7 +75,8 @@ def packing(shown_keys: ShownKeys, *, shape: tuple[int, int, int]) -> Packing:
     )
     rows = shown[:, Sk - S :]
     lengths = tuple(zip(rows.sum(1).tolist(), shown.sum(1).tolist(), strict=True))
-    return Packing(lengths, _front(rows), _front(shown))
+    keys_in_front = _front(shown)
+    return Packing(lengths, keys_in_front if Sk == S else _front(rows), keys_in_front)
 
 
 def _front(shown: Tensor) -> Tensor | None:
@@ -82,4 +86,4 @@ def _front(shown: Tensor) -> Tensor | None:
 
 
 def _moved(x: Tensor, order: Tensor | None) -> Tensor:
-    return x if order is None else torch.take_along_dim(x, order.to(x.device)[:, :, None, None], 1)
+    return x if order is None else torch.take_along_dim(x, order.to(x.device)[(..., *[None] * (x.dim() - 2))], 1)
