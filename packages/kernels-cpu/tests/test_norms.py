@@ -8,7 +8,7 @@ import torch
 from dpfa_core.errors import PrivacyParameterError
 from dpfa_kernels_cpu import CpuBackend, backend
 from dpfa_kernels_cpu.library import LEVELS, best_level, function
-from dpfa_kernels_cpu.norms import bare_squares, embedding_squares
+from dpfa_kernels_cpu.norms import SMALL, bare_squares, embedding_squares
 from dpfa_kernels_torch import TorchBackend
 
 LEVEL = pytest.mark.parametrize("level", range(best_level() + 1), ids=lambda level: LEVELS[level])
@@ -67,6 +67,18 @@ def test_every_instruction_set_gives_the_same_bits():
         [embedding_squares(ids, g, 9, 2, level=level) for level in range(best_level() + 1)],
     ):
         assert all(torch.equal(results[0], other) for other in results)
+
+
+@pytest.mark.parametrize("samples", [2, 3, 5])
+def test_threads_sum_the_same_squares(samples):
+    g, before = gradients(samples, SMALL), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = bare_squares(g)
+        torch.set_num_threads(3)
+        assert torch.equal(bare_squares(g), alone)
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38])

@@ -319,27 +319,28 @@ def test_evaluation_is_not_measured_and_the_clock_may_take_less():
         probe.expect(rows)
         watched(torch.rand(rows, 3))
     assert probe.chosen is None  # memory would allow millions: the clock decides
-    for size, each in ((2, 3.0), (4, 1.0), (8, 0.5), (16, 0.495)):
-        for slower in (1.0, 1.2, 1.1):
+    for size, each in ((2, 1.0), (4, 0.99), (8, 0.5), (16, 0.495)):
+        for n in range(max(3, 32 // size)):
             assert probe.rows() == size
             assert probe.chosen is None
-            probe.clipped(size, size * each * slower)
+            probe.clipped(size, size * each * (1.2 - 0.1 * (n % 3)))
     assert probe.chosen == probe.rows() == 8  # 16 is faster, but by too little to try 32 or to be worth its memory
     probe.clipped(16, 0.0)
     assert probe.chosen == 8
 
 
 def test_a_size_that_gains_something_is_taken_though_the_next_is_not_tried():
-    timing = PartTiming(2, 1000)
-    for size, each in ((2, 1.0), (4, 0.96)):
-        for _ in range(3):
+    timing = PartTiming(8, 1000)
+    for size, each in ((8, 1.0), (16, 0.9), (32, 0.87)):
+        timing.took(size + 1, 0.0)  # a part of another size says nothing
+        for _ in range(max(3, 32 // size)):
             timing.took(size, size * each)
-    assert timing.chosen == 4
+    assert timing.chosen == 32
 
 
 def test_small_draws_end_the_trial():
     timing = PartTiming(4, 1000)
-    for rows in (4, 4, 4, 5, 3, 6):
+    for rows in (*[4] * 8, 5, 3, 7, 6):
         timing.took(rows, 1.0)
     assert timing.chosen == 4
     nothing = PartTiming(4, 1000)

@@ -6,10 +6,15 @@ import torch
 from torch import Tensor
 
 from dpfa_kernels_cpu.library import best_level, function
+from dpfa_kernels_torch.noise.training_run import workers
 from dpfa_kernels_torch.per_sample.embedding import checked
 from dpfa_kernels_torch.per_sample.rounding import UNIT, summed_bound
 
 NONE_LEFT_OUT = -1
+
+SMALL = 1 << 21
+"""Numbers that one thread squares quicker than two that have to be woken (two AMD EPYC cores, November 2026: 590000 of
+them 0.42 ms by two, 0.09 by one)."""
 
 
 def bare_squares(gradient: Tensor, *, level: int | None = None) -> Tensor:
@@ -22,8 +27,21 @@ def bare_squares(gradient: Tensor, *, level: int | None = None) -> Tensor:
     width = gradient.numel() // samples if samples else 0
     result = torch.empty(samples, dtype=torch.float64)
     level = best_level() if level is None else level
-    failed = function("dpfa_bare_squares")(level, gradient.data_ptr(), samples, width, result.data_ptr())
-    assert not failed, level  # noqa: S101  (a level that `best_level` gave was built)
+    run = function("dpfa_bare_squares")
+
+    def part(start: int, stop: int) -> None:
+        numbers, sums = gradient.data_ptr() + 4 * start * width, result.data_ptr() + 8 * start
+        failed = run(level, numbers, stop - start, width, sums)
+        assert not failed, level  # noqa: S101  (a level that `best_level` gave was built)
+
+    threads = torch.get_num_threads()
+    if gradient.numel() <= SMALL or threads == 1 or samples == 1:
+        part(0, samples)
+    else:
+        each = -(-samples // threads)
+        starts = range(0, samples, each)
+        for _ in workers(threads).map(part, starts, [min(start + each, samples) for start in starts]):
+            pass
     return result * (1.0 + 2 * width * UNIT)
 
 

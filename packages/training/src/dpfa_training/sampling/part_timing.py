@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
+TRIES, ROWS = 3, 32
+"""Parts of each size that are timed, and rows in them, at least; the quickest part counts."""
 
-TRIES = 3
-"""Parts of each size that are timed; the quickest counts."""
-
-WORTH = 1.05
-"""A size that is not quicker than all smaller ones by this factor is the last: the next one doubles the memory."""
+SIZES, WORTH = 3, 1.05
+"""From so many sizes on, one that is not quicker than all smaller ones by this factor is the last: the next one doubles
+the memory."""
 
 NEARLY = 1.02
 """The smallest size within this factor of the fastest is taken: it needs the least memory."""
@@ -35,18 +34,19 @@ class PartTiming:
         """A part of `rows` rows was clipped after that many seconds."""
         if self.chosen is not None:
             return
-        if rows < self._size:
-            self._missed += 1
+        if rows != self._size:
+            self._missed += rows < self._size
             if self._missed == PATIENCE:
                 self._choose()
             return
         self._missed = 0
         tries = self._seconds.setdefault(self._size, [])
         tries.append(seconds / rows)
-        if len(tries) < TRIES:
+        if len(tries) < TRIES or len(tries) * rows < ROWS:
             return
         *smaller, now = (min(found) for found in self._seconds.values())
-        if 2 * self._size > self._fitting or WORTH * now > min(smaller, default=math.inf):
+        slow = len(smaller) + 1 >= SIZES and WORTH * now > min(smaller)
+        if slow or 2 * self._size > self._fitting:
             self._choose()
         else:
             self._size *= 2
