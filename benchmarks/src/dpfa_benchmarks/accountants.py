@@ -22,7 +22,7 @@ from rich.progress import track
 
 from dp_flash_attention.numbers import number
 from dpfa_benchmarks import surroundings
-from dpfa_benchmarks.plot import _where as where
+from dpfa_benchmarks.plot import where
 from dpfa_core.errors import UnsupportedEvent
 from dpfa_core.events import DiscreteGaussian, Event, FixedSizeSampled, Gaussian, Laplace, PoissonSampled
 from dpfa_core.spending import upper_bound
