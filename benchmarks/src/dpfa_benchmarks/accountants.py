@@ -23,6 +23,7 @@ from rich.progress import track
 from dp_flash_attention.numbers import number
 from dpfa_benchmarks import surroundings
 from dpfa_benchmarks.plot import where
+from dpfa_benchmarks.record import append_line, line_of
 from dpfa_core.errors import UnsupportedEvent
 from dpfa_core.events import DiscreteGaussian, Event, FixedSizeSampled, Gaussian, Laplace, PoissonSampled
 from dpfa_core.spending import upper_bound
@@ -79,12 +80,10 @@ def main(arguments: list[str]) -> int:
         record = newest(options.source)
     else:
         record = measured(SETTINGS, shlex.join(["python", "-m", "dpfa_benchmarks.accountants", *arguments]))
-        line = json.dumps(record, sort_keys=True, allow_nan=False) + "\n"
+        line = line_of(record)
         sys.stdout.write(line)
         if options.record:
-            options.record.parent.mkdir(parents=True, exist_ok=True)
-            with options.record.open("a", encoding="utf-8") as file:
-                file.write(line)
+            append_line(options.record, line)
     if options.page:
         # the record as it is read back, whose keys are in another order
         options.page.write_text(page(json.loads(json.dumps(record, sort_keys=True))), encoding="utf-8")

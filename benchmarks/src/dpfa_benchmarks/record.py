@@ -109,8 +109,17 @@ class Record:
 
 def append(path: Path, record: Record) -> None:
     """Add one line to `path`; lines that are there stay as they are."""
+    append_line(path, line_of(record.to_json()))
+
+
+def line_of(data: dict[str, Any]) -> str:
+    """`data` as one line of JSON."""
+    return json.dumps(data, sort_keys=True, allow_nan=False) + "\n"
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add it to `path`; lines that are there stay as they are."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    line = json.dumps(record.to_json(), sort_keys=True, allow_nan=False) + "\n"
     with path.open("a", encoding="utf-8") as file:
         file.write(line)
 

@@ -21,6 +21,7 @@ from rich.progress import track
 
 from dpfa_benchmarks import surroundings
 from dpfa_benchmarks.plot import MAIN_JOB
+from dpfa_benchmarks.record import append_line, line_of
 
 KEPT = (
     "test_accuracy",
@@ -62,12 +63,10 @@ def main(arguments: list[str]) -> int:
         "highest": max(accuracies),
         "runs": runs,
     }
-    line = json.dumps(record, sort_keys=True, allow_nan=False) + "\n"
+    line = line_of(record)
     sys.stdout.write(line)
     if options.record:
-        options.record.parent.mkdir(parents=True, exist_ok=True)
-        with options.record.open("a", encoding="utf-8") as file:
-            file.write(line)
+        append_line(options.record, line)
     return 0
 
 

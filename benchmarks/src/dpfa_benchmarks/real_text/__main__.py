@@ -6,7 +6,6 @@ A seed draws the split; noise, keys and answers come from the operating system, 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import shlex
@@ -25,6 +24,7 @@ from dpfa_benchmarks import surroundings
 from dpfa_benchmarks.real_text import docstrings, page, tasks
 from dpfa_benchmarks.real_text.bag_of_words import bag_of_words
 from dpfa_benchmarks.real_text.public_encoder import PublicEncoder
+from dpfa_benchmarks.record import append_line, line_of
 
 LEAST = 500
 """Texts of a class: fewer would leave too few test texts to ask in one call."""
@@ -47,12 +47,10 @@ def main(arguments: list[str]) -> int:
         return 0
     if options.seeds < 1 or options.texts < LEAST:
         parser.error(f"--seeds must be at least 1 and --texts at least {LEAST}.")
-    line = json.dumps(measured(options.seeds, options.texts, arguments), sort_keys=True, allow_nan=False) + "\n"
+    line = line_of(measured(options.seeds, options.texts, arguments))
     sys.stdout.write(line)
     if options.record:
-        options.record.parent.mkdir(parents=True, exist_ok=True)
-        with options.record.open("a", encoding="utf-8") as file:
-            file.write(line)
+        append_line(options.record, line)
     return 0
 
 

@@ -132,7 +132,7 @@ bag of words by DP-SGD | noise std of a number | of a class mean |
 most ({100 * CLIPPED:.0f} % of the public rows have it), and the noise falls on each of {DIM} numbers. A single row
 drowns in it, as the released test texts show; a class mean over thousands of rows does not, as long as ε is not
 small. Half of ε doubles the noise, and uniform answers thin out what labels say. More columns tell more at ε = ∞
-and less below it: {DIM} were the best choice on public texts. Where a model can be trained where the texts are,
+and less below it: on public texts {DIM} and 8 did about equally well. Where a model can be trained where the texts are,
 DP-SGD is the better tool; released features are for texts that have to leave.
 
 {where(*(record[name] for name in ("machine", "time", "commit", "dirty", "versions")))}
